@@ -1,0 +1,41 @@
+"""Longreach: DeepSeek-V4 in one readable codebase.
+
+    import longreach
+    model = longreach.load_model("runs/quickstart")
+    logits = model(tokens)
+
+Public names are loaded on first use, so `import longreach` and `longreach --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longreach.checkpoint.load import load_model
+    from longreach.errors import LongreachError
+    from longreach.model.cache import load_cache
+    from longreach.model.config import ModelConfig
+    from longreach.model.transformer import Transformer
+
+__version__ = "0.1.0"
+__all__ = ["LongreachError", "ModelConfig", "Transformer", "__version__", "load_cache", "load_model"]
+
+_HOME = {
+    "ModelConfig": "longreach.model.config",
+    "Transformer": "longreach.model.transformer",
+    "load_model": "longreach.checkpoint.load",
+    "load_cache": "longreach.model.cache",
+    "LongreachError": "longreach.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'longreach' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,173 @@
+"""Where a tensor of ours is found in a checkpoint: the names of every published layout, both directions.
+
+| spelling       | an attention weight                        | an expert                                       |
+| ours           | layers.0.attn.wq_a.weight                  | layers.0.ffn.experts.w1 [E, f, D], slice e      |
+| official       | layers.0.attn.wq_a.weight                  | layers.0.ffn.experts.{e}.w1.weight              |
+| transformers   | model.layers.0.self_attn.q_a_proj.weight   | model.layers.0.mlp.experts.gate_up_proj [e, :f] |
+| saved          | model.layers.0.attn.wq_a.weight            | model.layers.0.ffn.experts.{e}.w1.weight        |
+
+"transformers" is what the modules of transformers 5.23 are called; "saved" is what its `save_pretrained` writes, which is
+nearly official. Nothing is transposed or permuted in any of them. A quantised weight `X.weight` has its scales in `X.scale`
+(official, saved) or `X.weight_scale_inv` (transformers); despite the suffix the value multiplies in both. MTP tensors keep
+their official names everywhere, since transformers skips what starts with `mtp.`.
+
+For V3.2 "official" is the repository's own per-expert spelling of transformers' names, and our state dict's names, which
+are those of the official inference code, are read too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["official", "transformers", "saved"]
+
+_V4_TRANSFORMERS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_hc.fn": "attn_hc.fn",
+    "attn_hc.base": "attn_hc.base",
+    "attn_hc.scale": "attn_hc.scale",
+    "ffn_hc.fn": "ffn_hc.fn",
+    "ffn_hc.base": "ffn_hc.base",
+    "ffn_hc.scale": "ffn_hc.scale",
+    "attn.wq_a": "self_attn.q_a_proj",
+    "attn.q_norm": "self_attn.q_a_norm",
+    "attn.wq_b": "self_attn.q_b_proj",
+    "attn.wkv": "self_attn.kv_proj",
+    "attn.kv_norm": "self_attn.kv_norm",
+    "attn.wo_a": "self_attn.o_a_proj",
+    "attn.wo_b": "self_attn.o_b_proj",
+    "attn.attn_sink": "self_attn.sinks",
+    "attn.compressor.wkv": "self_attn.compressor.kv_proj",
+    "attn.compressor.wgate": "self_attn.compressor.gate_proj",
+    "attn.compressor.norm": "self_attn.compressor.kv_norm",
+    "attn.compressor.ape": "self_attn.compressor.position_bias",
+    "attn.indexer.wq_b": "self_attn.compressor.indexer.q_b_proj",
+    "attn.indexer.weights_proj": "self_attn.compressor.indexer.scorer.weights_proj",
+    "attn.indexer.compressor.wkv": "self_attn.compressor.indexer.kv_proj",
+    "attn.indexer.compressor.wgate": "self_attn.compressor.indexer.gate_proj",
+    "attn.indexer.compressor.norm": "self_attn.compressor.indexer.kv_norm",
+    "attn.indexer.compressor.ape": "self_attn.compressor.indexer.position_bias",
+}
+_V32_TRANSFORMERS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn.wq_a": "self_attn.q_a_proj",
+    "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.wq_b": "self_attn.q_b_proj",
+    "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_norm": "self_attn.kv_a_layernorm",
+    "attn.wkv_b": "self_attn.kv_b_proj",
+    "attn.wo": "self_attn.o_proj",
+    "attn.indexer.wq_b": "self_attn.indexer.wq_b",
+    "attn.indexer.wk": "self_attn.indexer.wk",
+    "attn.indexer.k_norm": "self_attn.indexer.k_norm",
+    "attn.indexer.weights_proj": "self_attn.indexer.weights_proj",
+}
+_FEED_FORWARD_TRANSFORMERS = {
+    "ffn.gate": "mlp.gate",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    "ffn.shared_experts.w1": "mlp.shared_experts.gate_proj",
+    "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
+    "ffn.shared_experts.w2": "mlp.shared_experts.down_proj",
+    "ffn.w1": "mlp.gate_proj",
+    "ffn.w3": "mlp.up_proj",
+    "ffn.w2": "mlp.down_proj",
+}
+_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint keeps one matrix (or vector): a tensor, or a slice of a stacked one.
+
+    `expert` indexes the tensor's first dimension; `half` then picks the first or second half of its rows. Both apply to
+    the scales in the same way.
+    """
+
+    name: str
+    scale_name: str
+    expert: int | None = None
+    half: int | None = None
+
+
+def locations(parameter: str, expert: int | None, is_mla: bool) -> list[Location]:
+    """All places where a reader accepts one of our tensors, most likely first.
+
+    Args:
+        parameter: its state-dict name.
+        expert: which expert, for the stacked `ffn.experts.*`; None for all others.
+        is_mla: the model is V3.2.
+    """
+    found = [locate(parameter, expert, is_mla, layout) for layout in ("official", "saved", "transformers")]
+    if is_mla:
+        found.append(_per_expert(_official(parameter), expert))
+    return list(dict.fromkeys(found))
+
+
+def locate(parameter: str, expert: int | None, is_mla: bool, layout: Layout) -> Location:
+    """The one place where a writer of `layout` puts one of our tensors."""
+    if parameter.startswith("mtp."):
+        return _per_expert(_official(parameter), expert)
+    if layout == "transformers":
+        return _transformers(parameter, expert, is_mla)
+    if is_mla:
+        return _unstacked(_transformers(parameter, expert, is_mla), parameter, expert)
+    if layout == "saved":
+        return _per_expert(_saved(parameter), expert)
+    return _per_expert(_official(parameter), expert)
+
+
+def _official(parameter: str) -> str:
+    name = parameter.replace("collapse.", "hc_head_")
+    return name.replace(".attn_hc.", ".hc_attn_").replace(".ffn_hc.", ".hc_ffn_")
+
+
+def _saved(parameter: str) -> str:
+    if parameter == "head.weight":
+        return parameter
+    if parameter == "embed.weight":
+        return "model.embed_tokens.weight"
+    if parameter.startswith("collapse."):
+        return parameter.replace("collapse.", "model.hc_head.hc_")
+    return "model." + _official(parameter).replace(".attn.kv_norm.", ".attn.norm.")
+
+
+def _per_expert(name: str, expert: int | None) -> Location:
+    if expert is not None:
+        stem, projection = name.rsplit(".", 1)
+        name = f"{stem}.{expert}.{projection}.weight"
+    return Location(name, name.removesuffix("weight") + "scale")
+
+
+def _transformers(parameter: str, expert: int | None, is_mla: bool) -> Location:
+    top = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight", "norm.weight": "model.norm.weight"}
+    if parameter in top:
+        return Location(top[parameter], top[parameter] + "_scale_inv")
+    if parameter.startswith("collapse."):
+        name = parameter.replace("collapse.", "model.hc_head.hc_")
+        return Location(name, name + "_scale_inv")
+    _, layer, inside = parameter.split(".", 2)
+    prefix = f"model.layers.{layer}."
+    if expert is not None:
+        stacked, half = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None)}[inside[-2:]]
+        name = f"{prefix}mlp.experts.{stacked}"
+        return Location(name, name + "_scale_inv", expert, half)
+    table = {**(_V32_TRANSFORMERS if is_mla else _V4_TRANSFORMERS), **_FEED_FORWARD_TRANSFORMERS}
+    if inside in table:
+        name = prefix + table[inside]
+    else:
+        stem, leaf = inside.rsplit(".", 1)
+        name = f"{prefix}{table[stem]}.{leaf}"
+    return Location(name, name + "_scale_inv")
+
+
+def _unstacked(location: Location, parameter: str, expert: int | None) -> Location:
+    """V3.2 as published: transformers' names, but one tensor per expert."""
+    if expert is None:
+        return location
+    stem = location.name.rsplit(".", 1)[0]
+    name = f"{stem}.{expert}.{_PROJECTION[parameter[-2:]]}.weight"
+    return Location(name, name + "_scale_inv")

@@ -1,0 +1,149 @@
+"""The `longreach` command: a table of verbs, each loaded only when it is the one asked for.
+
+    longreach                     the table
+    longreach pretrain --help     one verb's options
+    longreach bench model         a verb with a second word
+
+A verb is a module with a frozen dataclass of options and a function taking it; tyro turns the dataclass into options and
+help text, so each option is declared once. What a user or a file got wrong (`LongreachError`) becomes one line on
+stderr and exit code 2, never a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longreach import __version__
+from longreach.errors import LongreachError
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a verb lives. The module is imported when the verb is chosen, not before."""
+
+    module: str
+    options: str
+    """Name of the options dataclass in `module`."""
+    summary: str
+    function: str = "main"
+
+
+COMMANDS: dict[str, Command] = {
+    "pretrain": Command("longreach.train.pretrain", "PretrainOptions", "train a model from nothing on text"),
+    "generate": Command("longreach.generate", "GenerateOptions", "continue a prompt, token by token"),
+    "convert": Command("longreach.checkpoint.convert", "ConvertOptions", "rewrite a checkpoint in another layout"),
+    "inspect": Command("longreach.checkpoint.inspect", "InspectOptions", "say what a checkpoint holds"),
+    "compare": Command("longreach.checkpoint.compare", "CompareOptions", "say whether two checkpoints are the same"),
+    "bench model": Command("longreach.bench.model", "BenchOptions", "speed and memory of prefill and decode"),
+}
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's) and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except LongreachError as error:
+        return _fail("longreach", str(error))
+    except KeyboardInterrupt:
+        print("longreach: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted. Python would complain once more when it closes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_table(COMMANDS))
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"longreach {__version__}")
+        return 0
+
+    name, rest = argv[0], argv[1:]
+    group = {verb: command for verb, command in COMMANDS.items() if verb.startswith(name + " ")}
+    if group:
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_table(group))
+            return 0
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        return _unknown_command(name)
+
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    options = _parse(f"longreach {name}", getattr(module, command.options), rest)
+    if isinstance(options, int):
+        return options
+    return getattr(module, command.function)(options) or 0
+
+
+def _parse(program: str, options_type: type, argv: list[str]) -> Any:
+    """The filled dataclass, or the exit code when there is nothing to run (help was asked for, or an option is wrong)."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options_type,
+                args=argv,
+                prog=program,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            return 0
+        return _fail(program, f"{_one_line(said.getvalue())}; {program} --help lists the options")
+
+
+def _one_line(box: str) -> str:
+    """The message inside the box that tyro draws around an error, without its advice below the first rule.
+
+    The suggestion after an unknown option is worth keeping; it stands between the first and the second rule.
+    """
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip("╭╮╰╯│ ")
+        if not text.strip("─"):
+            sections.append([])
+        elif not line.startswith(("╭", "╰")):
+            sections[-1].append(text)
+    parts = [" ".join(section) for section in sections if section]
+    message = parts[0] if parts else "the options cannot be read"
+    if len(parts) > 1 and parts[1].startswith("Perhaps you meant"):
+        message += f". {parts[1]}"
+    return " ".join(message.split()).rstrip(".")
+
+
+def _table(commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in commands.items()]
+    head = f"longreach {__version__}: DeepSeek-V4 in one readable codebase\n\nusage: longreach COMMAND [options]\n"
+    return "\n".join([head, *lines, "", "longreach COMMAND --help shows a command's options."])
+
+
+def _unknown_command(name: str) -> int:
+    near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"commands are {', '.join(COMMANDS)}"
+    return _fail("longreach", f"unknown command {name!r}; {hint}")
+
+
+def _fail(program: str, message: str) -> int:
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -1,0 +1,780 @@
+"""What a layer needs from a cache, and the contiguous, rewindable cache that supplies it.
+
+Per layer: the last `sliding_window` KV entries, the raw tail of the compressors, the compressed entries and the index
+keys. Nothing else: memory grows by entries, not by tokens.
+
+    cache = model.new_cache(batch_size=1)            precision "float32", "bfloat16" or "released"
+    model(tokens, cache); cache.length; cache.nbytes
+    cache.truncate(n)                                back over at least the last REWIND tokens
+    branch = cache.fork()                            shares the entries, copies only window and tail
+    cache.save(path); load_cache(path, model)        one safetensors file
+
+Rows of a batch may have different lengths; rows that stand at the same position are kept together as a *group*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from longreach.errors import CacheError
+from longreach.model.config import ModelConfig
+from longreach.ops.attention import gather_entries
+from longreach.ops.quant import (
+    hadamard,
+    index_key_nbytes,
+    kv_entry_nbytes,
+    pack_index_key,
+    pack_kv_entry,
+    unpack_index_key,
+    unpack_kv_entry,
+)
+
+REWIND = 64
+"""Tokens a cache can always be truncated by. Costs REWIND more rows of window and tail, nothing that grows."""
+
+INDEX_BLOCK = 16_384
+"""Index keys scored at a time: bounds the score matrix at long context."""
+
+Precision = Literal["float32", "bfloat16", "released"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "released")
+
+
+# ---- storage formats -------------------------------------------------------------------------------------------------
+
+
+class Codec(Protocol):
+    """How one kind of vector is stored."""
+
+    width: int
+    dtype: torch.dtype
+
+    def encode(self, values: Tensor) -> Tensor: ...
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FloatCodec:
+    """A float dtype, as is."""
+
+    width: int
+    dtype: torch.dtype
+
+    def encode(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype)
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        return stored.to(dtype)
+
+
+@dataclass(frozen=True)
+class ReleasedKV:
+    """FP8 E4M3 without position, BF16 rotary part, one power-of-two scale per 64 channels: 584 bytes at 448 + 64."""
+
+    nope_dim: int
+    rope_dim: int
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def width(self) -> int:
+        return kv_entry_nbytes(self.nope_dim, self.rope_dim)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return pack_kv_entry(values, self.rope_dim)
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        return unpack_kv_entry(stored, self.nope_dim, self.rope_dim, dtype)
+
+
+@dataclass(frozen=True)
+class ReleasedIndexKey:
+    """Four-bit index key after the Hadamard rotation: 68 bytes at 128 channels.
+
+    With `rotate` the codec rotates on the way in and back on the way out, for a model whose numerics do not.
+    """
+
+    dim: int
+    rotate: bool
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def width(self) -> int:
+        return index_key_nbytes(self.dim)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return pack_index_key(hadamard(values) if self.rotate else values)
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        values = unpack_index_key(stored, self.dim, dtype)
+        return hadamard(values) if self.rotate else values
+
+
+# ---- the two kinds of store ------------------------------------------------------------------------------------------
+
+
+class Recent:
+    """The values of the latest positions `[lo, hi)`, at least the last `keep` of them.
+
+    Kept in one buffer that slides: rows move to its front when the end is reached, so every read is a plain view.
+    """
+
+    def __init__(self, batch: int, keep: int, codec: Codec, device: torch.device, dtype: torch.dtype) -> None:
+        self.codec, self.keep, self.out_dtype = codec, keep, dtype
+        self.buffer = torch.zeros(batch, keep + REWIND, codec.width, dtype=codec.dtype, device=device)
+        self.lo = self.hi = 0
+
+    def push(self, values: Tensor) -> None:
+        """Append values `[B, t, width]` of the next t positions."""
+        t = values.shape[1]
+        if t > self.keep:
+            self.lo = self.hi + t - self.keep
+            self.hi += t
+            self.buffer[:, : self.keep] = self.codec.encode(values[:, -self.keep :])
+            return
+        held = self.hi - self.lo
+        if held + t > self.buffer.shape[1]:
+            stay = self.keep - t
+            self.buffer[:, :stay] = self.buffer[:, held - stay : held].clone()
+            self.lo, held = self.hi - stay, stay
+        self.buffer[:, held : held + t] = self.codec.encode(values)
+        self.hi += t
+
+    def read(self, lo: int, hi: int) -> Tensor:
+        """Values of positions [lo, hi); zeros where a position is not held."""
+        a, b = max(lo, self.lo), min(hi, self.hi)
+        if a >= b:
+            return torch.zeros(self.buffer.shape[0], hi - lo, self._dim, dtype=self.out_dtype, device=self.buffer.device)
+        held = self.codec.decode(self.buffer[:, a - self.lo : b - self.lo], self.out_dtype)
+        return _padded(held, a - lo, hi - b)
+
+    def stored(self, values: Tensor) -> Tensor:
+        """`values` as they will be read back: what a lossy format makes of them."""
+        if self.codec.dtype == values.dtype:
+            return values
+        return self.codec.decode(self.codec.encode(values), self.out_dtype)
+
+    def truncate(self, length: int) -> None:
+        self.hi = min(self.hi, length)
+        self.lo = min(self.lo, self.hi)
+
+    @property
+    def _dim(self) -> int:
+        return self.codec.decode(self.buffer[:, :0], self.out_dtype).shape[-1]
+
+    def fork(self) -> Recent:
+        twin = _shallow(self)
+        twin.buffer = self.buffer.clone()
+        return twin
+
+    def select(self, rows: Tensor) -> Recent:
+        twin = _shallow(self)
+        twin.buffer = self.buffer.index_select(0, rows)
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        held = self.buffer[:, : self.hi - self.lo].contiguous()
+        return {"values": held}, {"lo": self.lo, "hi": self.hi}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+        held = tensors["values"]
+        self.lo, self.hi = numbers["lo"], numbers["hi"]
+        self.buffer[:, : held.shape[1]] = held
+
+
+class Pool:
+    """All compressed entries of a layer, in order of index. Entries never change once written.
+
+    `frozen` pieces may be shared with other caches and are never written; `tail` is this cache's own and grows by a
+    sixteenth at a time, so at most that much of it is spare.
+    """
+
+    def __init__(self, batch: int, codec: Codec, device: torch.device, dtype: torch.dtype) -> None:
+        self.codec, self.out_dtype = codec, dtype
+        self.frozen: list[Tensor] = []
+        self.tail = torch.empty(batch, 0, codec.width, dtype=codec.dtype, device=device)
+        self.tail_count = 0
+
+    @property
+    def count(self) -> int:
+        return sum(piece.shape[1] for piece in self.frozen) + self.tail_count
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` entries in all, so that appending up to there copies nothing."""
+        self._grow(count - (self.count - self.tail_count), exact=True)
+
+    def append(self, values: Tensor) -> None:
+        """Add entries `[B, e, dim]` after the last."""
+        e = values.shape[1]
+        self._grow(self.tail_count + e)
+        self.tail[:, self.tail_count : self.tail_count + e] = self.codec.encode(values)
+        self.tail_count += e
+
+    def _grow(self, needed: int, exact: bool = False) -> None:
+        if needed <= self.tail.shape[1]:
+            return
+        capacity = needed if exact else max(needed + needed // 16, needed + 16)
+        larger = self.tail.new_empty(self.tail.shape[0], capacity, self.codec.width)
+        larger[:, : self.tail_count] = self.tail[:, : self.tail_count]
+        self.tail = larger
+
+    def read(self, count: int) -> Tensor:
+        """The first `count` entries `[B, count, dim]`; zeros beyond those held."""
+        pieces = [self.codec.decode(p, self.out_dtype) for p in self._pieces(0, min(count, self.count))]
+        held = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return _padded(held, 0, count - held.shape[1])
+
+    def blocks(self, count: int, size: int = INDEX_BLOCK) -> Iterator[Tensor]:
+        """The first `count` entries in runs of at most `size`; zeros beyond those held."""
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            pieces = [self.codec.decode(p, self.out_dtype) for p in self._pieces(start, min(stop, self.count))]
+            held = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+            yield _padded(held, 0, stop - start - held.shape[1])
+
+    def gather(self, index_BTK: Tensor) -> Tensor:
+        """Entries by index `[B, T, K, dim]`. Indices beyond those held give some entry; callers hide it."""
+        if self.count == 0:
+            shape = *index_BTK.shape, self.codec.decode(self.tail[:, :0], self.out_dtype).shape[-1]
+            return torch.zeros(shape, dtype=self.out_dtype, device=self.tail.device)
+        index_BTK = index_BTK.clamp(0, self.count - 1)
+        if not self.frozen:
+            return self.codec.decode(gather_entries(self.tail, index_BTK), self.out_dtype)
+        out, start = None, 0
+        for piece in self._pieces(0, self.count, whole=True):
+            size = piece.shape[1]
+            if size:
+                here = gather_entries(piece, (index_BTK - start).clamp(0, size - 1))
+                out = here if out is None else torch.where((index_BTK >= start)[..., None], here, out)
+            start += size
+        assert out is not None
+        return self.codec.decode(out, self.out_dtype)
+
+    def _pieces(self, start: int, stop: int, whole: bool = False) -> list[Tensor]:
+        """Stored views that cover entries [start, stop); at least one, possibly empty."""
+        if not self.frozen and not whole:
+            return [self.tail[:, start : max(start, stop)]]
+        found, at = [], 0
+        for piece in [*self.frozen, self.tail[:, : self.tail_count]]:
+            a, b = max(start - at, 0), min(stop - at, piece.shape[1])
+            if a < b:
+                found.append(piece[:, a:b])
+            at += piece.shape[1]
+        return found or [self.tail[:, :0]]
+
+    def truncate(self, count: int) -> None:
+        if count >= self.count:
+            return
+        keep, at = [], 0
+        for piece in self.frozen:
+            if at < count:
+                keep.append(piece[:, : count - at])
+            at += piece.shape[1]
+        self.frozen = keep
+        self.tail_count = max(0, min(self.tail_count, count - at))
+
+    def fork(self) -> Pool:
+        """Two pools over the same entries: what is held becomes frozen in both."""
+        if self.tail_count:
+            self.frozen.append(self.tail[:, : self.tail_count])
+            self.tail, self.tail_count = self.tail.new_empty(self.tail.shape[0], 0, self.codec.width), 0
+        if len(self.frozen) > 4:  # many small forks: join all but the oldest, usually by far the longest
+            self.frozen[1:] = [torch.cat(self.frozen[1:], dim=1)]
+        twin = _shallow(self)
+        twin.frozen = list(self.frozen)
+        twin.tail = self.tail.clone()
+        return twin
+
+    def select(self, rows: Tensor) -> Pool:
+        twin = _shallow(self)
+        twin.frozen = []
+        twin.tail = torch.cat(self._pieces(0, self.count), dim=1).index_select(0, rows)
+        twin.tail_count = self.count
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return self.tail.nbytes + sum(piece.numel() * piece.element_size() for piece in self.frozen)
+
+    @property
+    def shared_nbytes(self) -> int:
+        return sum(piece.numel() * piece.element_size() for piece in self.frozen)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        pieces = self._pieces(0, self.count)
+        return {"entries": torch.cat(pieces, dim=1).contiguous()}, {"count": self.count}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+        self.frozen, self.tail, self.tail_count = [], tensors["entries"], numbers["count"]
+
+
+class GraphRecent:
+    """`Recent` for passes without a cache: holds the tensors themselves, so gradients flow through."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.values: Tensor | None = None
+        self.lo = self.hi = 0
+
+    def push(self, values: Tensor) -> None:
+        if self.values is None:
+            self.values, self.lo = values, self.hi
+        else:
+            stay = self.values[:, max(0, self.values.shape[1] - self.keep) :]
+            self.values = torch.cat([stay, values], dim=1)
+            self.lo = self.hi - stay.shape[1]
+        self.hi += values.shape[1]
+
+    def read(self, lo: int, hi: int) -> Tensor:
+        assert self.values is not None and lo < hi
+        a, b = max(lo, self.lo), min(hi, self.hi)
+        if a >= b:
+            return self.values.new_zeros(self.values.shape[0], hi - lo, self.values.shape[2])
+        return _padded(self.values[:, a - self.lo : b - self.lo], a - lo, hi - b)
+
+    def stored(self, values: Tensor) -> Tensor:
+        return values
+
+
+class GraphPool:
+    """`Pool` for passes without a cache: differentiable."""
+
+    def __init__(self) -> None:
+        self.entries: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return 0 if self.entries is None else self.entries.shape[1]
+
+    def append(self, values: Tensor) -> None:
+        self.entries = values if self.entries is None else torch.cat([self.entries, values], dim=1)
+
+    def read(self, count: int) -> Tensor:
+        assert self.entries is not None
+        return _padded(self.entries[:, :count], 0, count - min(count, self.count))
+
+    def blocks(self, count: int, size: int = INDEX_BLOCK) -> Iterator[Tensor]:
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            assert self.entries is not None
+            held = self.entries[:, start:stop]
+            yield _padded(held, 0, stop - start - held.shape[1])
+
+    def gather(self, index_BTK: Tensor) -> Tensor:
+        assert self.entries is not None
+        return gather_entries(self.entries, index_BTK.clamp(0, self.count - 1))
+
+
+def _padded(held: Tensor, before: int, after: int) -> Tensor:
+    if not before and not after:
+        return held
+    return torch.nn.functional.pad(held, (0, 0, before, after))
+
+
+def _shallow(store):
+    twin = object.__new__(type(store))
+    twin.__dict__.update(store.__dict__)
+    return twin
+
+
+@dataclass
+class LayerStore:
+    """What one layer keeps. Fields are None where the layer's kind has no use for them."""
+
+    window: Recent | GraphRecent | None = None
+    raw: Recent | GraphRecent | None = None
+    entries: Pool | GraphPool | None = None
+    index_raw: Recent | GraphRecent | None = None
+    index_entries: Pool | GraphPool | None = None
+
+    def parts(self) -> dict[str, Any]:
+        return {f.name: part for f in dataclasses.fields(self) if (part := getattr(self, f.name)) is not None}
+
+    def map(self, change) -> LayerStore:
+        return LayerStore(**{name: change(part) for name, part in self.parts().items()})
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """Sizes of one layer's stores: `keep` counts positions, widths are channels."""
+
+    window_keep: int = 0
+    window_width: int = 0
+    raw_keep: int = 0
+    raw_width: int = 0
+    index_raw_width: int = 0
+    entry_width: int = 0
+    index_width: int = 0
+    ratio: int = 0
+    """Tokens per entry."""
+
+
+def layer_needs(config: ModelConfig, layer: int) -> LayerNeeds:
+    """What layer `layer` of this shape keeps between calls."""
+    kind = config.layer_kind(layer)
+    H, Hi = config.head_dim, config.index_head_dim
+    window = dict(window_keep=config.sliding_window - 1 + REWIND, window_width=H)
+    if kind == "sliding":
+        return LayerNeeds(**window)
+    if kind == "dense":
+        return LayerNeeds(entry_width=H, ratio=1)
+    if kind == "mla":
+        return LayerNeeds(entry_width=config.kv_lora_rank + config.qk_rope_head_dim, index_width=Hi, ratio=1)
+    m = config.compress_ratios[layer]
+    if kind == "hca":
+        return LayerNeeds(**window, raw_keep=m - 1 + REWIND, raw_width=2 * H, entry_width=H, ratio=m)
+    return LayerNeeds(
+        **window, raw_keep=2 * m - 1 + REWIND, raw_width=4 * H, index_raw_width=4 * Hi, entry_width=H, index_width=Hi,
+        ratio=m,
+    )  # fmt: skip
+
+
+def graph_stores(config: ModelConfig, num_layers: int) -> list[LayerStore]:
+    """Differentiable stores for a pass without a cache."""
+    stores = []
+    for layer in range(num_layers):
+        needs = layer_needs(config, layer)
+        stores.append(
+            LayerStore(
+                window=GraphRecent(needs.window_keep) if needs.window_width else None,
+                raw=GraphRecent(needs.raw_keep) if needs.raw_width else None,
+                entries=GraphPool() if needs.entry_width else None,
+                index_raw=GraphRecent(needs.raw_keep) if needs.index_raw_width else None,
+                index_entries=GraphPool() if needs.index_width else None,
+            )
+        )
+    return stores
+
+
+def kv_codec(config: ModelConfig, precision: Precision, width: int) -> Codec:
+    """Storage of KV entries (window and compressed)."""
+    if precision == "released":
+        return ReleasedKV(width - config.qk_rope_head_dim, config.qk_rope_head_dim)
+    return FloatCodec(width, torch.float32 if precision == "float32" else torch.bfloat16)
+
+
+def index_codec(config: ModelConfig, precision: Precision) -> Codec:
+    """Storage of index keys."""
+    if precision == "released":
+        return ReleasedIndexKey(config.index_head_dim, rotate=config.numerics != "official")
+    return FloatCodec(config.index_head_dim, torch.float32 if precision == "float32" else torch.bfloat16)
+
+
+def buffer_stores(
+    config: ModelConfig, num_layers: int, batch: int, precision: Precision, device: torch.device, dtype: torch.dtype
+) -> list[LayerStore]:
+    """Stores in place, for inference. Compressor tails are float32 in every precision, as in the released engine."""
+    stores = []
+    for layer in range(num_layers):
+        needs = layer_needs(config, layer)
+
+        def recent(keep: int, codec: Codec, out: torch.dtype) -> Recent:
+            return Recent(batch, keep, codec, device, out)
+
+        def raw(width: int) -> Recent | None:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            return recent(needs.raw_keep, FloatCodec(width, wide), wide) if width else None  # noqa: B023
+
+        store = LayerStore(raw=raw(needs.raw_width), index_raw=raw(needs.index_raw_width))
+        if needs.window_width:
+            store.window = recent(needs.window_keep, kv_codec(config, precision, needs.window_width), dtype)
+        if needs.entry_width:
+            store.entries = Pool(batch, kv_codec(config, precision, needs.entry_width), device, dtype)
+        if needs.index_width:
+            store.index_entries = Pool(batch, index_codec(config, precision), device, dtype)
+        stores.append(store)
+    return stores
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Rows that stand at the same position."""
+
+    batch: int
+    length: int
+    stores: list[LayerStore]
+
+    def map(self, change, batch: int | None = None) -> Group:
+        return Group(batch or self.batch, self.length, [store.map(change) for store in self.stores])
+
+
+class ContiguousCache:
+    """The state of a batch of sequences between calls of a model.
+
+    Invariant: every group's stores have seen exactly `length` tokens; entries of a pool are those of complete blocks.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        *,
+        precision: Precision = "float32",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise CacheError(f"cache precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+        if batch_size < 1:
+            raise CacheError(f"a cache of {batch_size} rows is empty; give at least 1")
+        if precision == "released" and config.index_head_dim & (config.index_head_dim - 1):
+            raise CacheError(
+                f"precision 'released' rotates index keys, so index_head_dim={config.index_head_dim} must be a power "
+                "of two; use 'float32' or 'bfloat16'"
+            )
+        self.config, self.precision = config, precision
+        self.device, self.dtype = torch.device(device), dtype
+        self.num_layers = config.num_hidden_layers
+        self.groups = [self._new_group(batch_size)]
+
+    def _new_group(self, batch: int) -> Group:
+        stores = buffer_stores(self.config, self.num_layers, batch, self.precision, self.device, self.dtype)
+        return Group(batch, 0, stores)
+
+    # sizes
+
+    @property
+    def batch_size(self) -> int:
+        return sum(group.batch for group in self.groups)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens seen by each row."""
+        return tuple(group.length for group in self.groups for _ in range(group.batch))
+
+    @property
+    def length(self) -> int:
+        """Tokens seen; the longest row's where rows differ."""
+        return max(group.length for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage this cache refers to, shared or not."""
+        return sum(part.nbytes for group in self.groups for store in group.stores for part in store.parts().values())
+
+    def nbytes_by_part(self) -> dict[str, int]:
+        """Bytes of window, raw tails, entries, index tails and index keys, over all layers."""
+        total: dict[str, int] = {}
+        for group in self.groups:
+            for store in group.stores:
+                for name, part in store.parts().items():
+                    total[name] = total.get(name, 0) + part.nbytes
+        return total
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes held in pieces that forks may share."""
+        return sum(
+            part.shared_nbytes
+            for group in self.groups
+            for store in group.stores
+            for part in store.parts().values()
+            if isinstance(part, Pool)
+        )
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens at once, so that growing up to there copies nothing."""
+        for group in self.groups:
+            for layer, store in enumerate(group.stores):
+                ratio = layer_needs(self.config, layer).ratio
+                for pool in (store.entries, store.index_entries):
+                    if isinstance(pool, Pool):
+                        pool.reserve(length // ratio)
+
+    # rewinding and sharing
+
+    @property
+    def rewind_limit(self) -> int:
+        """The shortest length `truncate` can still go back to (of the row that allows least)."""
+        return max(self._rewind_limit(group) for group in self.groups)
+
+    def _rewind_limit(self, group: Group) -> int:
+        limit = 0
+        for layer, store in enumerate(group.stores):
+            needs = layer_needs(self.config, layer)
+            if isinstance(store.window, Recent) and store.window.lo > 0:
+                limit = max(limit, store.window.lo + self.config.sliding_window - 1)
+            if isinstance(store.raw, Recent) and store.raw.lo > 0:
+                back = needs.ratio if self.config.layer_kind(layer) == "csa" else 0
+                # The block being filled (and for CSA the one before it) must still be there in full.
+                first_block = -(-(store.raw.lo + back) // needs.ratio)
+                limit = max(limit, first_block * needs.ratio)
+        return min(limit, group.length)
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from position `length` on; rows already shorter are left alone.
+
+        Raises:
+            CacheError: `length` is negative, or further back than the kept window and tails reach (`rewind_limit`).
+        """
+        if length < 0:
+            raise CacheError(f"cannot truncate to {length} tokens; give 0 or more")
+        for group in self.groups:
+            if 0 < length < self._rewind_limit(group):
+                raise CacheError(
+                    f"cannot truncate from {group.length} to {length} tokens: this cache can go back to "
+                    f"{self._rewind_limit(group)} at the earliest (or to 0); fork() before going further"
+                )
+        for i, group in enumerate(self.groups):
+            if length >= group.length:
+                continue
+            if length == 0:
+                self.groups[i] = self._new_group(group.batch)
+                continue
+            for layer, store in enumerate(group.stores):
+                ratio = layer_needs(self.config, layer).ratio
+                for part in store.parts().values():
+                    part.truncate(length // ratio if isinstance(part, Pool) else length)
+            group.length = length
+
+    def fork(self) -> ContiguousCache:
+        """A second cache at the same point. Entries are shared, window and tails copied; neither sees the other's future."""
+        twin = _shallow(self)
+        twin.groups = [group.map(lambda part: part.fork()) for group in self.groups]
+        return twin
+
+    # rows
+
+    def select(self, rows: Sequence[int]) -> ContiguousCache:
+        """A cache of these rows, in this order (repeats allowed); the original stays as it is."""
+        wanted = list(rows)
+        if not wanted or any(not 0 <= row < self.batch_size for row in wanted):
+            raise CacheError(f"rows {wanted} are not all between 0 and {self.batch_size - 1}")
+        home = [(g, r) for g, group in enumerate(self.groups) for r in range(group.batch)]
+        twin = _shallow(self)
+        twin.groups = []
+        at = 0
+        while at < len(wanted):
+            g = home[wanted[at]][0]
+            end = at
+            while end < len(wanted) and home[wanted[end]][0] == g:
+                end += 1
+            index = torch.tensor([home[row][1] for row in wanted[at:end]], device=self.device)
+            twin.groups.append(self.groups[g].map(lambda part, index=index: part.select(index), batch=end - at))
+            at = end
+        return twin
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Make row i what row `rows[i]` was (beam search)."""
+        self.groups = self.select(rows).groups
+
+    @staticmethod
+    def stack(caches: Sequence[ContiguousCache]) -> ContiguousCache:
+        """One cache whose rows are those of `caches`, which may differ in length. Takes the caches over."""
+        first = caches[0]
+        for other in caches[1:]:
+            if (other.config, other.precision) != (first.config, first.precision):
+                raise CacheError("caches of different models or precisions cannot be stacked")
+        twin = _shallow(first)
+        twin.groups = [group for cache in caches for group in cache.groups]
+        return twin
+
+    def split_rows(self) -> None:
+        """Give every row a group of its own, as rows of different lengths need."""
+        if all(group.batch == 1 for group in self.groups):
+            return
+        self.groups = [
+            group.map(lambda part, r=r: part.select(torch.tensor([r], device=self.device)), batch=1)
+            for group in self.groups
+            for r in range(group.batch)
+        ]
+
+    # serialisation
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the whole state to one safetensors file; a half-written file never takes the name `path`."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        groups = []
+        for g, group in enumerate(self.groups):
+            numbers: dict[str, dict[str, int]] = {}
+            for layer, store in enumerate(group.stores):
+                for name, part in store.parts().items():
+                    held, numbers[f"{layer}.{name}"] = part.state()
+                    tensors |= {f"{g}.{layer}.{name}.{key}": t.clone() for key, t in held.items()}
+            groups.append({"batch": group.batch, "length": group.length, "stores": numbers})
+        meta = {
+            "format": "longreach-cache-1",
+            "config": config_digest(self.config),
+            "precision": self.precision,
+            "groups": groups,
+        }
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, temporary, metadata={"longreach": json.dumps(meta)})
+            os.replace(temporary, target)
+        except OSError as error:
+            raise CacheError(f"cannot write the cache to {target}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_cache(path: str | os.PathLike, model) -> ContiguousCache:
+    """Read a cache written by `ContiguousCache.save` for this model (or one of the same configuration).
+
+    Raises:
+        CacheError: unreadable, not a cache, or made by a model of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    config: ModelConfig = model.config
+    try:
+        with safe_open(path, framework="pt", device=str(model.device)) as file:
+            meta = json.loads((file.metadata() or {}).get("longreach", "{}"))
+            if meta.get("format") != "longreach-cache-1":
+                raise CacheError(f"{path} is not a saved cache; make one with cache.save(path)")
+            if meta["config"] != config_digest(config):
+                raise CacheError(f"{path} was saved by a model of another configuration; load it with that model")
+            cache = model.new_cache(1, precision=meta["precision"])
+            cache.groups = []
+            for g, saved in enumerate(meta["groups"]):
+                group = cache._new_group(saved["batch"])
+                group.length = saved["length"]
+                for layer, store in enumerate(group.stores):
+                    for name, part in store.parts().items():
+                        keys = ("entries",) if isinstance(part, Pool) else ("values",)
+                        held = {key: file.get_tensor(f"{g}.{layer}.{name}.{key}") for key in keys}
+                        part.restore(held, saved["stores"][f"{layer}.{name}"])
+                cache.groups.append(group)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CacheError(f"cannot read a cache from {path}: {error}") from error
+    return cache
+
+
+def config_digest(config: ModelConfig) -> str:
+    """A short fingerprint of everything that shapes a cache's content."""
+    return hashlib.blake2b(json.dumps(config.to_dict(), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def expected_nbytes(config: ModelConfig, length: int, precision: Precision = "float32", batch: int = 1) -> int:
+    """The arithmetic of a cache: windows in full and one entry per complete block, without tails or slack."""
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        needs = layer_needs(config, layer)
+        stored: list[tuple[int, Codec]] = []
+        if needs.window_width:
+            stored.append((config.sliding_window, kv_codec(config, precision, needs.window_width)))
+        if needs.entry_width:
+            stored.append((length // needs.ratio, kv_codec(config, precision, needs.entry_width)))
+        if needs.index_width:
+            stored.append((length // needs.ratio, index_codec(config, precision)))
+        total += sum(rows * codec.width * codec.dtype.itemsize for rows, codec in stored)
+    return total * batch

@@ -1,0 +1,569 @@
+"""The whole model: embedding → blocks on residual streams → collapse, norm → head.
+
+    model = Transformer(ModelConfig.preset("tiny"))
+    logits = model(tokens)                               [B, T, V] float32
+    cache = model.new_cache(batch_size=1)
+    logits = model(tokens, cache, logits_to_keep=1)      continues the cache; any chunking gives the same
+
+One forward serves training, prefill and decoding. Without gradients a long call runs in chunks over its own cache, so
+memory beyond the weights is the cache plus one chunk. With `arithmetic="invariant"` every call is cut into tiles of
+`INVARIANT_TILE` positions aligned to the start of each sequence, one row at a time and padded to full size: the same
+tile always runs the same operations on the same shapes, so a position's bits depend on its own text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longreach.errors import RequestError, ShapeError
+from longreach.model.block import Block
+from longreach.model.cache import ContiguousCache, LayerStore, Precision, graph_stores
+from longreach.model.config import ModelConfig
+from longreach.model.hyper_connection import StreamCollapse, expand_streams
+from longreach.model.layers import RMSNorm
+from longreach.model.mtp import MTPBlock
+from longreach.model.passing import Pass, Span
+
+INVARIANT_TILE = 32
+"""Positions per tile of the invariant arithmetic: decoding one token costs a tile, and prefill runs in products of 32 rows."""
+
+CHUNK_VALUES = 1 << 22
+"""Residual-stream values per chunk of a long pass without gradients (16 MiB in float32)."""
+
+KEEP = ("routing", "router_scores", "selection", "streams", "mtp")
+
+
+@dataclass
+class Features:
+    """What a pass returns before the head.
+
+    Attributes:
+        hidden: `[B, T, D]` after collapse and final norm; `model.head` turns it into logits. Zeros at padding.
+        routing: layer → chosen experts, int64 `[B, T, K]`.
+        router_scores: layer → affinities, float32 `[B, T, E]`, with gradient.
+        selection: CSA layer → chosen entries, int32 `[B, T, k]`, -1 where there were fewer.
+        streams: `[B, T, n, D]` before the collapse (`[B, T, D]` with plain residuals).
+        mtp: `[B, T, D]` hidden states of the MTP block: position t was told token t+1 and predicts token t+2 through
+            `model.head`. The last position has no next token and is meaningless.
+    """
+
+    hidden: Tensor
+    routing: dict[int, Tensor] = field(default_factory=dict)
+    router_scores: dict[int, Tensor] = field(default_factory=dict)
+    selection: dict[int, Tensor] = field(default_factory=dict)
+    streams: Tensor | None = None
+    mtp: Tensor | None = None
+
+
+class Head(nn.Module):
+    """Hidden states to logits, float32."""
+
+    def __init__(self, config: ModelConfig, **factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **factory))
+        self.invariant = config.arithmetic == "invariant"
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., D]` to `[..., V]`."""
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        x, weight = hidden.to(wide), self.weight.to(wide)
+        if not self.invariant:
+            return F.linear(x, weight)
+        # One product per position: hidden states carry no alignment, so no other shape is sure to be the same each time.
+        rows = [F.linear(row.unsqueeze(0), weight) for row in x.reshape(-1, x.shape[-1])]
+        return torch.cat(rows).view(*x.shape[:-1], -1) if rows else x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V4 of any size (or, with `attention="mla"`, the V3.2 baseline).
+
+    Args:
+        config: the shape.
+        dtype: of the weights that are not always float32 (mHC, sinks, positional biases, router bias).
+        device: where; "meta" allocates nothing.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        c = self.config = config
+        factory = dict(dtype=dtype, device=device)
+        self.embed = nn.Embedding(
+            c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size, **factory)
+        )
+        self.layers = nn.ModuleList(Block(c, i, **factory) for i in range(c.num_hidden_layers))
+        self.collapse: nn.Module = (
+            StreamCollapse(c.hidden_size, c.hc_mult, eps=c.hc_eps, norm_eps=c.rms_norm_eps, device=device)
+            if c.has_streams
+            else nn.Identity()
+        )
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)
+        self.head = Head(c, **factory)
+        first = c.num_hidden_layers
+        self.mtp = nn.ModuleList(MTPBlock(c, first + i, **factory) for i in range(c.num_nextn_predict_layers))
+        from longreach.model.init import initialise
+
+        initialise(self, seed)
+
+    # ---- public ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def new_cache(self, batch_size: int = 1, precision: Precision | None = None) -> ContiguousCache:
+        """An empty cache for this model. `precision` None stores in the model's dtype (float32 for wider ones)."""
+        if precision is None:
+            precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        return ContiguousCache(
+            self.config, batch_size, precision=precision, device=self.device, dtype=self.dtype
+        )  # fmt: skip
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: ContiguousCache | None = None,
+        logits_to_keep: int | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            cache: continue from it and advance it. Such a pass records no gradients.
+            logits_to_keep: only the last so many positions of each row; None for all.
+            lengths: real tokens per row when `tokens` is padded on the right.
+
+        Returns:
+            float32 `[B, T or logits_to_keep, V]`. Rows shorter than `logits_to_keep` have zeros in front.
+
+        Raises:
+            ShapeError: tokens are not `[B, T]`, or do not fit the cache's rows.
+            RequestError: a token outside the vocabulary, or more tokens than the context holds.
+        """
+        features = self._run(tokens, cache, lengths=lengths, keep_last=logits_to_keep)
+        return self.head(features.hidden)
+
+    def features(
+        self,
+        tokens: Tensor,
+        cache: ContiguousCache | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        routing: Mapping[int, Tensor] | None = None,
+        selection: Mapping[int, Tensor] | None = None,
+        attention: Literal["sparse", "dense"] = "sparse",
+        *,
+        lengths: Sequence[int] | None = None,
+        keep: Collection[str] = ("routing",),
+    ) -> Features:
+        """Hidden states and what training and engines need besides.
+
+        Args:
+            tokens, cache, lengths: as in `forward`.
+            positions: int64 `[T]` or `[B, T]`, another way to mark packed documents: a position of 0 starts one.
+                Positions must count up by one inside a document; with a cache they must continue it.
+            documents: int64 `[B, T]`; a change of id starts a new document. Documents of a row see nothing of each
+                other and each counts its positions from 0.
+            routing: layer → experts to use instead of the router's choice, int64 `[B, T, K]`.
+            selection: CSA layer → entries to attend to instead of the indexer's choice, int `[B, T, k]`, -1 for none.
+            attention: "dense" lets CSA layers attend to every visible entry and skips the selection.
+            keep: which extras to return, of "routing", "router_scores", "selection", "streams", "mtp".
+
+        Raises:
+            ShapeError, RequestError: as in `forward`; also positions, documents or extras that do not fit.
+        """
+        if attention not in ("sparse", "dense"):
+            raise ShapeError(f"attention={attention!r} is neither 'sparse' nor 'dense'")
+        if unknown := sorted(set(keep) - set(KEEP)):
+            raise ShapeError(f"keep has {unknown[0]!r}; choose among {', '.join(KEEP)}")
+        return self._run(
+            tokens, cache, positions, documents, routing, selection, attention == "dense", lengths, tuple(keep)
+        )
+
+    # ---- how a call is cut into passes ------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        tokens: Tensor,
+        cache: ContiguousCache | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        routing: Mapping[int, Tensor] | None = None,
+        selection: Mapping[int, Tensor] | None = None,
+        dense: bool = False,
+        lengths: Sequence[int] | None = None,
+        keep: tuple[str, ...] = (),
+        keep_last: int | None = None,
+    ) -> Features:
+        self._check(tokens, cache, lengths, keep)
+        B, T = tokens.shape
+        ask = _Request(tokens, routing, selection, dense, keep, keep_last, lengths)
+        if cache is not None:
+            if documents is not None:
+                raise ShapeError("documents cannot be given with a cache; a cache holds one document per row")
+            self._check_continues(positions, cache, T)
+            with torch.no_grad():
+                return self._run_cached(ask, cache)
+        runs = _document_runs(tokens, documents, positions, lengths)
+        if self.config.arithmetic == "invariant":
+            return self._run_invariant(ask, [(row, start, stop, 0, self._graph_stores()) for row, start, stop in runs])
+        whole = all(start == 0 and stop == T for _, start, stop in runs)
+        if whole and T > self.chunk_tokens and not torch.is_grad_enabled() and "mtp" not in keep:
+            cache = self.new_cache(B, "float32" if self.dtype != torch.bfloat16 else "bfloat16")
+            cache.reserve(T)
+            return self._run_cached(ask, cache)
+        if whole:
+            spans = [Span(slice(0, B), slice(0, T), 0, slice(0, T), self._graph_stores())]
+        else:
+            spans = [
+                Span(slice(row, row + 1), slice(start, stop), 0, slice(0, stop - start), self._graph_stores())
+                for row, start, stop in runs
+            ]
+        out = self._pass(ask.part(slice(0, T)), spans)
+        return ask.finish([out], T)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens a pass without gradients handles at a time."""
+        return max(64, CHUNK_VALUES // (self.config.num_streams * self.config.hidden_size) // 64 * 64)
+
+    def _graph_stores(self) -> list[LayerStore]:
+        return graph_stores(self.config, self.config.num_hidden_layers + self.config.num_nextn_predict_layers)
+
+    def _run_cached(self, ask: _Request, cache: ContiguousCache) -> Features:
+        B, T = ask.tokens.shape
+        lengths = list(ask.lengths) if ask.lengths is not None else [T] * B
+        if len(set(lengths)) > 1 or self.config.arithmetic == "invariant":
+            cache.split_rows()
+        if self.config.arithmetic == "invariant":
+            runs = [(b, 0, n, g.length, g.stores) for b, (n, g) in enumerate(zip(lengths, cache.groups, strict=True))]
+            out = self._run_invariant(ask, [run for run in runs if run[2]])
+            for n, group in zip(lengths, cache.groups, strict=True):
+                group.length += n
+            return out
+        outputs = []
+        for start in range(0, T, self.chunk_tokens):
+            stop = min(start + self.chunk_tokens, T)
+            spans, row = [], 0
+            for group in cache.groups:
+                new = min(lengths[row], stop) - start
+                if new > 0:
+                    rows = slice(row, row + group.batch)
+                    spans.append(Span(rows, slice(0, new), group.length, slice(0, new), group.stores))
+                    group.length += new
+                row += group.batch
+            if spans:
+                outputs.append(self._pass(ask.part(slice(start, stop)), spans))
+                if ask.keep_last is not None and ask.lengths is None:
+                    outputs = _trim(outputs, ask.keep_last)
+        return ask.finish(outputs, T)
+
+    def _run_invariant(self, ask: _Request, runs: list[tuple[int, int, int, int, list[LayerStore]]]) -> Features:
+        """Tile by tile over each run of one row's tokens: (row, start, stop, position of the first, stores)."""
+        B, T = ask.tokens.shape
+        rows: list[list[tuple[int, Features]]] = [[] for _ in range(B)]
+        for row, start, stop, first, stores in runs:
+            at = start
+            while at < stop:
+                position = first + at - start
+                tile_start = position // INVARIANT_TILE * INVARIANT_TILE
+                before = position - tile_start
+                count = min(stop - at, INVARIANT_TILE - before)
+                part = ask.part(slice(at, at + count), row, before, INVARIANT_TILE)
+                real = slice(before, before + count)
+                span = Span(slice(0, 1), slice(0, INVARIANT_TILE), tile_start, real, stores)
+                rows[row].append((at, _cut(self._pass(part, [span]), real)))
+                at += count
+        return ask.finish([_join_rows(rows, T, self)], T)
+
+    # ---- one pass ---------------------------------------------------------------------------------------------------
+
+    def _pass(self, part: _Part, spans: list[Span]) -> Features:
+        c = self.config
+        pass_ = Pass(
+            c,
+            part.tokens,
+            spans,
+            dense=part.dense,
+            invariant=c.arithmetic == "invariant",
+            routing_in=part.routing,
+            selection_in=part.selection,
+            wants_routing="routing" in part.keep,
+            wants_scores="router_scores" in part.keep,
+            wants_selection="selection" in part.keep,
+        )
+        x = self.embed(part.tokens)
+        if c.has_streams:
+            x = expand_streams(x, c.hc_mult)
+        for block in self.layers:
+            x = block(x, pass_)
+        out = Features(self.norm(self.collapse(x)))
+        if "mtp" in part.keep:
+            out.mtp = self.mtp[0].draft(x, self.embed(part.next_tokens), pass_)
+        if "streams" in part.keep:
+            out.streams = x
+        out.routing, out.router_scores, out.selection = pass_.routing, pass_.router_scores, pass_.selection
+        return out
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def _check(
+        self,
+        tokens: Tensor,
+        cache: ContiguousCache | None,
+        lengths: Sequence[int] | None,
+        keep: tuple[str, ...],
+    ) -> None:
+        c = self.config
+        if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 1:
+            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; give int64 [batch, length], neither empty")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"tokens are {tokens.dtype}; give int64 token ids")
+        B, T = tokens.shape
+        if tokens.device.type == "cpu":
+            low, high = (int(v) for v in tokens.aminmax())
+            if low < 0 or high >= c.vocab_size:
+                bad = low if low < 0 else high
+                raise RequestError(f"token id {bad} is outside the vocabulary of {c.vocab_size} (0 to {c.vocab_size - 1})")
+        before = 0
+        if cache is not None:
+            if cache.config != c:
+                raise ShapeError("this cache was made for a model of another configuration; use model.new_cache()")
+            if cache.batch_size != B:
+                raise ShapeError(f"tokens have {B} rows but the cache has {cache.batch_size}")
+            before = cache.length
+        if lengths is not None and (len(lengths) != B or any(not 0 <= n <= T for n in lengths)):
+            raise ShapeError(f"lengths {list(lengths)} must be {B} numbers between 0 and {T}")
+        longest = before + (max(lengths) if lengths is not None else T)
+        if longest > c.max_position_embeddings:
+            raise RequestError(
+                f"{longest} tokens are more than this model's context of {c.max_position_embeddings}; shorten the prompt"
+            )
+        if "mtp" in keep and not self.mtp:
+            raise ShapeError("this model has no MTP block; make one with num_nextn_predict_layers=1")
+        if "mtp" in keep and cache is not None:
+            raise ShapeError("MTP states cannot be kept in a pass with a cache: the last token's successor is unknown")
+
+    @staticmethod
+    def _check_continues(positions: Tensor | None, cache: ContiguousCache, T: int) -> None:
+        if positions is None:
+            return
+        first = torch.tensor(cache.lengths, device=positions.device)
+        expected = first[:, None] + torch.arange(T, device=positions.device)
+        if not torch.equal(positions.expand(len(first), T), expected):
+            raise ShapeError(f"positions do not continue the cache, which stands at {cache.lengths}; leave them out")
+
+
+# ---- pieces of a request ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Part:
+    """The columns of a request that one pass handles."""
+
+    tokens: Tensor
+    next_tokens: Tensor
+    routing: dict[int, Tensor] | None
+    selection: dict[int, Tensor] | None
+    dense: bool
+    keep: tuple[str, ...]
+
+
+@dataclass
+class _Request:
+    """What a caller asked of a whole call."""
+
+    tokens: Tensor
+    routing: Mapping[int, Tensor] | None
+    selection: Mapping[int, Tensor] | None
+    dense: bool
+    keep: tuple[str, ...]
+    keep_last: int | None
+    lengths: Sequence[int] | None
+
+    def part(self, cols: slice, row: int | None = None, before: int = 0, size: int | None = None) -> _Part:
+        """Columns `cols`, of one row or all, padded to `size` with `before` places in front."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+
+        def cut(t: Tensor, fill: int) -> Tensor:
+            piece = t[rows, cols]
+            if size is None:
+                return piece
+            after = size - before - piece.shape[1]
+            return F.pad(piece, (0, 0) * (piece.dim() - 2) + (before, after), value=fill)
+
+        following = torch.cat([self.tokens[:, 1:], self.tokens[:, :1]], dim=1) if "mtp" in self.keep else self.tokens
+        return _Part(
+            cut(self.tokens, 0),
+            cut(following, 0),
+            {layer: cut(t, 0) for layer, t in self.routing.items()} if self.routing is not None else None,
+            {layer: cut(t, -1) for layer, t in self.selection.items()} if self.selection is not None else None,
+            self.dense,
+            self.keep,
+        )
+
+    def finish(self, parts: list[Features], T: int) -> Features:
+        """Join the passes' results along the positions and keep the last ones asked for."""
+        joined = parts[0] if len(parts) == 1 else _concat(parts)
+        if self.keep_last is None:
+            return joined
+        if self.lengths is None:
+            return Features(joined.hidden[:, max(0, joined.hidden.shape[1] - self.keep_last) :])
+        hidden = joined.hidden.new_zeros(len(self.lengths), self.keep_last, joined.hidden.shape[-1])
+        rows = []
+        for row, n in enumerate(self.lengths):
+            last = joined.hidden[row, max(0, n - self.keep_last) : n]
+            rows.append(F.pad(last, (0, 0, self.keep_last - last.shape[0], 0)))
+        hidden = torch.stack(rows)
+        return Features(hidden)
+
+
+def _concat(parts: list[Features]) -> Features:
+    """Join along the positions; selections may differ in width and are padded with -1."""
+
+    def layers(name: str, fill: int) -> dict[int, Tensor]:
+        keys = sorted({layer for part in parts for layer in getattr(part, name)})
+        out = {}
+        for layer in keys:
+            pieces = [getattr(part, name)[layer] for part in parts]
+            width = max(piece.shape[-1] for piece in pieces)
+            pieces = [F.pad(piece, (0, width - piece.shape[-1]), value=fill) for piece in pieces]
+            out[layer] = torch.cat(pieces, dim=1)
+        return out
+
+    def whole(name: str) -> Tensor | None:
+        pieces = [getattr(part, name) for part in parts]
+        return None if pieces[0] is None else torch.cat(pieces, dim=1)
+
+    return Features(
+        torch.cat([part.hidden for part in parts], dim=1),
+        layers("routing", 0),
+        layers("router_scores", 0),
+        layers("selection", -1),
+        whole("streams"),
+        whole("mtp"),
+    )
+
+
+def _cut(part: Features, cols: slice) -> Features:
+    """Only these columns."""
+    return Features(
+        part.hidden[:, cols],
+        {k: v[:, cols] for k, v in part.routing.items()},
+        {k: v[:, cols] for k, v in part.router_scores.items()},
+        {k: v[:, cols] for k, v in part.selection.items()},
+        part.streams[:, cols] if part.streams is not None else None,
+        part.mtp[:, cols] if part.mtp is not None else None,
+    )
+
+
+def _trim(parts: list[Features], keep_last: int) -> list[Features]:
+    """Drop what is not among the last `keep_last` positions, so that a long prefill does not pile up hidden states."""
+    hidden = torch.cat([part.hidden for part in parts], dim=1)
+    return [Features(hidden[:, max(0, hidden.shape[1] - keep_last) :].clone())]
+
+
+def _join_rows(rows: list[list[tuple[int, Features]]], T: int, model: Transformer) -> Features:
+    """Rows of pieces (column, features) to one batch, zeros where there is no piece (padding)."""
+    lines = []
+    sample = next(part for row in rows for _, part in row)
+    for row in rows:
+        pieces, at = [], 0
+        for start, part in row:
+            if start > at:
+                pieces.append(_blank(sample, start - at))
+            pieces.append(part)
+            at = start + part.hidden.shape[1]
+        if at < T:
+            pieces.append(_blank(sample, T - at))
+        lines.append(_concat(pieces))
+    if len(lines) == 1:
+        return lines[0]
+
+    def stack(name: str, fill: int) -> dict[int, Tensor]:
+        out = {}
+        for layer in getattr(lines[0], name):
+            tensors = [getattr(line, name)[layer] for line in lines]
+            width = max(t.shape[-1] for t in tensors)
+            out[layer] = torch.cat([F.pad(t, (0, width - t.shape[-1]), value=fill) for t in tensors])
+        return out
+
+    def whole(name: str) -> Tensor | None:
+        first = getattr(lines[0], name)
+        return None if first is None else torch.cat([getattr(line, name) for line in lines])
+
+    return Features(
+        torch.cat([line.hidden for line in lines]),
+        stack("routing", 0),
+        stack("router_scores", 0),
+        stack("selection", -1),
+        whole("streams"),
+        whole("mtp"),
+    )
+
+
+def _blank(sample: Features, count: int) -> Features:
+    def zeros(t: Tensor, fill: int = 0) -> Tensor:
+        return t.new_full((1, count, *t.shape[2:]), fill)
+
+    return Features(
+        zeros(sample.hidden),
+        {k: zeros(v) for k, v in sample.routing.items()},
+        {k: zeros(v) for k, v in sample.router_scores.items()},
+        {k: zeros(v, -1) for k, v in sample.selection.items()},
+        zeros(sample.streams) if sample.streams is not None else None,
+        zeros(sample.mtp) if sample.mtp is not None else None,
+    )
+
+
+def _document_runs(
+    tokens: Tensor, documents: Tensor | None, positions: Tensor | None, lengths: Sequence[int] | None
+) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of every document in the batch."""
+    B, T = tokens.shape
+    starts = torch.zeros(B, T, dtype=torch.bool)
+    starts[:, 0] = True
+    if documents is not None:
+        if documents.shape != tokens.shape:
+            raise ShapeError(f"documents have shape {tuple(documents.shape)} but tokens {tuple(tokens.shape)}")
+        ids = documents.cpu()
+        starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    if positions is not None:
+        if positions.shape not in ((T,), (B, T), (1, T)):
+            raise ShapeError(f"positions have shape {tuple(positions.shape)}; give [{T}] or [{B}, {T}]")
+        p = positions.cpu().expand(B, T)
+        marked = p == 0
+        if documents is None:
+            starts |= marked
+        counts = torch.arange(T).expand(B, T)
+        begin = torch.where(starts, counts, 0).cummax(dim=1).values
+        if not torch.equal(p, counts - begin):
+            raise ShapeError(
+                "positions must start at 0 and count up by one inside each document, which is what the model computes "
+                "from documents; leave positions out or give documents that agree with them"
+            )
+    runs = []
+    for row in range(B):
+        end = T if lengths is None else lengths[row]
+        edges = [*starts[row, :end].nonzero().flatten().tolist(), end]
+        runs += [(row, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return runs

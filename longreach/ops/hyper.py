@@ -1,0 +1,140 @@
+"""Manifold-constrained hyper-connections: several residual streams, mixed by a doubly stochastic matrix per token.
+
+    z = ρ · (fn · vec X)             ρ = 1 / rms(vec X)
+    pre  = σ(a_pre z_pre + b_pre) + ε            sublayer input   u = Σ_j pre_j X_j
+    post = 2 σ(a_post z_post + b_post)           new streams      X'_k = post_k y + Σ_j M_jk X_j
+    M    = Sinkhorn(softmax_k(a_comb z_comb + b_comb))   rows and columns sum to 1: the residual path neither grows nor shrinks
+
+All coefficients are float32. Source: DeepSeek-V4 report, equations 1 to 8, in the order of the official code (column
+step first and last; every sum carries ε). `constrained=False` leaves M at its unnormalised linear value, the
+hyper-connections that mHC replaces.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hyper_coefficients(
+    streams_BTnD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+    constrained: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three mixings of one sublayer.
+
+    Args:
+        streams_BTnD: residual streams, any float dtype.
+        fn, base, scale: `[(2+n)n, nD]`, `[(2+n)n]`, `[3]`.
+        iters: Sinkhorn column steps.
+
+    Returns:
+        pre `[B, T, n]`, post `[B, T, n]`, comb `[B, T, n, n]` (row = source stream, column = target), float32.
+    """
+    n = streams_BTnD.shape[-2]
+    z = _projected(streams_BTnD, fn, norm_eps)
+    z_pre, z_post, z_comb = z.split([n, n, n * n], dim=-1)
+    b_pre, b_post, b_comb = base.float().split([n, n, n * n])
+    a_pre, a_post, a_comb = scale.float().unbind()
+    pre = torch.sigmoid(a_pre * z_pre + b_pre) + eps
+    post = 2 * torch.sigmoid(a_post * z_post + b_post)
+    logits = (a_comb * z_comb + b_comb).unflatten(-1, (n, n))
+    if not constrained:
+        return pre, post, logits
+    return pre, post, sinkhorn(logits, iters, eps)
+
+
+def collapse_streams(streams_BTnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """One vector per token from n streams, weighted by σ(scale · z + base) + ε. Returns `[B, T, D]` in the input's dtype."""
+    weights = torch.sigmoid(_projected(streams_BTnD, fn, norm_eps) * scale.float() + base.float()) + eps
+    return mix_in(streams_BTnD, weights)
+
+
+def mix_in(streams_BTnD: Tensor, pre_BTn: Tensor) -> Tensor:
+    """Σ_j pre_j X_j in float32, rounded once to the streams' dtype: `[B, T, D]`."""
+    B, T, n, D = streams_BTnD.shape
+    wide = streams_BTnD.to(pre_BTn.dtype).reshape(B * T, n, D)
+    return torch.bmm(pre_BTn.reshape(B * T, 1, n), wide).view(B, T, D).to(streams_BTnD.dtype)
+
+
+def mix_out(streams_BTnD: Tensor, y_BTD: Tensor, post_BTn: Tensor, comb_BTnn: Tensor) -> Tensor:
+    """X'_k = post_k y + Σ_j comb_jk X_j in float32, rounded once: `[B, T, n, D]`."""
+    B, T, n, D = streams_BTnD.shape
+    wide = streams_BTnD.to(comb_BTnn.dtype).reshape(B * T, n, D)
+    mixed = torch.bmm(comb_BTnn.reshape(B * T, n, n).transpose(1, 2), wide)
+    mixed = torch.addcmul(mixed, post_BTn.reshape(B * T, n, 1), y_BTD.to(mixed.dtype).reshape(B * T, 1, D))
+    return mixed.view(B, T, n, D).to(streams_BTnD.dtype)
+
+
+def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Project softmax(logits) towards the doubly stochastic matrices; `[..., n, n]` float32 in and out.
+
+    Ends on a column step, so columns sum to 1 up to eps and rows nearly. The backward pass runs the iterations again
+    instead of keeping them: 2·iters matrices per token would be most of the memory of a training step.
+    """
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _RecomputedSinkhorn.apply(logits, iters, eps)
+    return _sinkhorn_steps(logits, iters, eps)
+
+
+def sinkhorn_reference(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """The same in the layout of the equations, differentiable by autograd alone."""
+    m = logits.softmax(dim=-1) + eps
+    m = m / (m.sum(dim=-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        m = m / (m.sum(dim=-1, keepdim=True) + eps)
+        m = m / (m.sum(dim=-2, keepdim=True) + eps)
+    return m
+
+
+def _sinkhorn_steps(logits: Tensor, iters: int, eps: float) -> Tensor:
+    # Tokens last: every step is then a handful of long vector operations instead of many 4-wide ones.
+    n = logits.shape[-1]
+    m = (logits.softmax(dim=-1) + eps).view(-1, n, n).permute(1, 2, 0).contiguous()
+    m.div_(m.sum(0, keepdim=True).add_(eps))
+    for _ in range(iters - 1):
+        m.div_(m.sum(1, keepdim=True).add_(eps))
+        m.div_(m.sum(0, keepdim=True).add_(eps))
+    return m.permute(2, 0, 1).reshape(logits.shape)
+
+
+class _RecomputedSinkhorn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, iters: int, eps: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.iters, ctx.eps = iters, eps
+        return _sinkhorn_steps(logits, iters, eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (logits,) = ctx.saved_tensors
+        n = logits.shape[-1]
+        # The column and row steps replayed tokens-last, keeping each step's output and divisor, then undone in reverse:
+        # for y = m / s with s = sum(m) + eps,  dm = (dy - sum(dy * y)) / s.
+        start = logits.softmax(dim=-1)
+        m = (start + ctx.eps).view(-1, n, n).permute(1, 2, 0).contiguous()
+        trail: list[tuple[Tensor, Tensor, int]] = []
+        for step in range(2 * ctx.iters - 1):
+            dim = step % 2  # 0: column step (over sources), 1: row step (over targets)
+            s = m.sum(dim, keepdim=True).add_(ctx.eps)
+            m = m / s
+            trail.append((m, s, dim))
+        g = grad.reshape(-1, n, n).permute(1, 2, 0)
+        for y, s, dim in reversed(trail):
+            g = (g - (g * y).sum(dim, keepdim=True)) / s
+        g = g.permute(2, 0, 1).reshape(logits.shape)
+        return start * (g - (g * start).sum(-1, keepdim=True)), None, None
+
+
+def _projected(streams_BTnD: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    flat = streams_BTnD.flatten(-2)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    return F.linear(flat, fn.to(flat.dtype)) * inverse_rms
