@@ -343,8 +343,9 @@ def _fitting_scale(amax: Tensor, limit: float) -> Tensor:
 
 
 def _per_tile(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """E8M0 bytes of a tile grid as float32, one per element of a [rows, columns] weight."""
-    factor = e8m0_to_float(scale).repeat_interleave(WEIGHT_TILE, dim=-2)[..., :rows, :]
+    """The scales of a tile grid as float32, one per element of a [rows, columns] weight."""
+    factor = scale if scale.dtype == torch.float32 else e8m0_to_float(scale)
+    factor = factor.repeat_interleave(WEIGHT_TILE, dim=-2)[..., :rows, :]
     return factor.repeat_interleave(WEIGHT_TILE, dim=-1)[..., :columns]
 
 
@@ -370,7 +371,9 @@ def fp8_weight_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_weight_decode(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Exact values of an FP8 weight: float8_e4m3fn [..., out, in] and uint8 [..., ceil(out/128), ceil(in/128)].
+    """Exact values of an FP8 weight: float8_e4m3fn [..., out, in] and scales [..., ceil(out/128), ceil(in/128)].
+
+    The scales are uint8 E8M0 bytes, or float32 factors as V3.2 stores them.
 
     Raises:
         ShapeError: the scale grid does not cover the weight.
