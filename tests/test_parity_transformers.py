@@ -77,16 +77,16 @@ def test_logits_and_gradients_equal_those_of_transformers(seed):
     direction = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(seed + 1)) / theirs.numel() ** 0.5
     (theirs * direction).sum().backward()
     (mine * direction).sum().backward()
-    for name, ours, expected in gradient_pairs(model, reference):
+    pairs = gradient_pairs(model, reference)
+    # A gradient that cancels to nothing (the last collapse before a norm, one expert per token) is rounding in both
+    # programs: below a hundred-thousandth of the model's largest it is compared on that scale.
+    floor = 1e-5 * max(expected.abs().max() for _, _, expected in pairs if expected is not None)
+    for name, ours, expected in pairs:
         if expected is None or ours is None:  # the indexer in both; experts no token chose in neither
             assert expected is None or not expected.any(), name
             assert ours is None or not ours.any(), name
             continue
-        if name.endswith("ffn.gate.weight") and config.num_experts_per_tok == 1:
-            # A single expert's weight is s / s: its gradient is zero in theory, rounding in both programs.
-            assert max(ours.abs().max(), expected.abs().max()) < 1e-5, name
-            continue
-        scale = expected.abs().max()
+        scale = max(expected.abs().max(), floor)
         assert (ours - expected).abs().max() <= GRADIENTS * scale, name
 
 

@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from longreach.checkpoint.names import locate
+from longreach.checkpoint.names import locate, written_layout
 from longreach.checkpoint.reader import Checkpoint, StoredUnit, dtype_census
 from longreach.checkpoint.save import check_encodable, config_text, copy_tokenizer, encode
 from longreach.checkpoint.table import encoding_of, tensor_table
@@ -85,13 +85,14 @@ def _convert(
     named = plain_dtype if isinstance(plain_dtype, str) else plain_dtype["embed.weight"]
     config_json = config_text(target, options.to, named)
     is_mla = target.attention == "mla"
-    table = tensor_table(target, options.to, plain_dtype)
+    spelling = written_layout(options.to, target.weight_format)
+    table = tensor_table(target, spelling, plain_dtype)
     shard_bytes = max(1, int(options.shard_gb * 1e9))
     with CheckpointWriter(options.destination, table, options.force, shard_bytes) as writer:
         for count, stored in enumerate(stored_units, 1):
             unit = stored.unit
             codes, scales = _transcode(checkpoint, stored, encoding_of(unit.parameter, target.weight_format))
-            writer.write_unit(locate(unit.parameter.name, unit.expert, is_mla, options.to), codes, scales)
+            writer.write_unit(locate(unit.parameter.name, unit.expert, is_mla, spelling), codes, scales)
             if count % 5000 == 0:
                 log.info(f"{count:,} of {len(stored_units):,} matrices")
         writer.write_text("config.json", config_json)

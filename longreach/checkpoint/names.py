@@ -11,6 +11,9 @@ nearly official. Nothing is transposed or permuted in any of them. A quantised w
 (official, saved) or `X.weight_scale_inv` (transformers); despite the suffix the value multiplies in both. MTP tensors keep
 their official names everywhere, since transformers skips what starts with `mtp.`.
 
+transformers 5.23 pairs codes with scales expert by expert while loading, so a stacked quantised tensor would be refused
+there. Quantised checkpoints in its layout therefore have `mlp.experts.{e}.w1.weight` and so on ("transformers-per-expert").
+
 For V3.2 "official" is the repository's own per-expert spelling of transformers' names, and our state dict's names, which
 are those of the official inference code, are read too.
 """
@@ -18,9 +21,9 @@ are those of the official inference code, are read too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Layout = Literal["official", "transformers", "saved"]
+Layout = Literal["official", "transformers", "transformers-per-expert", "saved"]
 
 _V4_TRANSFORMERS = {
     "attn_norm": "input_layernorm",
@@ -76,7 +79,7 @@ _FEED_FORWARD_TRANSFORMERS = {
     "ffn.w3": "mlp.up_proj",
     "ffn.w2": "mlp.down_proj",
 }
-_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_V32_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def locations(parameter: str, expert: int | None, is_mla: bool) -> list[Location
         expert: which expert, for the stacked `ffn.experts.*`; None for all others.
         is_mla: the model is V3.2.
     """
-    found = [locate(parameter, expert, is_mla, layout) for layout in ("official", "saved", "transformers")]
+    found = [locate(parameter, expert, is_mla, layout) for layout in get_args(Layout)]
     if is_mla:
         found.append(_per_expert(_official(parameter), expert))
     return list(dict.fromkeys(found))
@@ -113,8 +116,8 @@ def locate(parameter: str, expert: int | None, is_mla: bool, layout: Layout) -> 
         return _per_expert(_official(parameter), expert)
     if layout == "transformers":
         return _transformers(parameter, expert, is_mla)
-    if is_mla:
-        return _unstacked(_transformers(parameter, expert, is_mla), parameter, expert)
+    if layout == "transformers-per-expert" or is_mla:
+        return _unstacked(_transformers(parameter, expert, is_mla), parameter, expert, is_mla)
     if layout == "saved":
         return _per_expert(_saved(parameter), expert)
     return _per_expert(_official(parameter), expert)
@@ -164,10 +167,16 @@ def _transformers(parameter: str, expert: int | None, is_mla: bool) -> Location:
     return Location(name, name + "_scale_inv")
 
 
-def _unstacked(location: Location, parameter: str, expert: int | None) -> Location:
-    """V3.2 as published: transformers' names, but one tensor per expert."""
+def _unstacked(location: Location, parameter: str, expert: int | None, is_mla: bool) -> Location:
+    """One tensor per expert under transformers' names, which for V3.2 is also how it is published."""
     if expert is None:
         return location
     stem = location.name.rsplit(".", 1)[0]
-    name = f"{stem}.{expert}.{_PROJECTION[parameter[-2:]]}.weight"
+    projection = parameter.rsplit(".", 1)[1]
+    name = f"{stem}.{expert}.{_V32_PROJECTION[projection] if is_mla else projection}.weight"
     return Location(name, name + "_scale_inv")
+
+
+def written_layout(layout: Literal["official", "transformers"], weight_format: str) -> Layout:
+    """The spelling in which a checkpoint of this layout and format is written."""
+    return "transformers-per-expert" if layout == "transformers" and weight_format != "plain" else layout

@@ -11,7 +11,6 @@ files. The file format: 8 bytes header length, little endian; a JSON header {nam
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -110,6 +109,8 @@ class Checkpoint(AbstractContextManager):
                 few of each and counts all.
         """
         is_mla = config.attention == "mla"
+        if is_mla:
+            ignored_prefixes += (f"model.layers.{config.num_hidden_layers}.",)  # V3.2's MTP block, which is not built
         found: list[StoredUnit] = []
         missing: list[str] = []
         wrong: list[str] = []
@@ -225,8 +226,10 @@ def layout_of(names: dict[str, TensorSpec] | dict[str, str]) -> Layout | None:
         return None
     if "head.weight" in names:
         return "saved"
+    if any(".mlp.experts.0.w1." in name for name in names):
+        return "transformers-per-expert"
     # V3.2 is published with transformers' names but one tensor per expert.
-    return "official" if any(".experts.0." in name for name in names) else "transformers"
+    return "official" if any(".mlp.experts.0.gate_proj." in name for name in names) else "transformers"
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
@@ -310,11 +313,6 @@ def dtype_census(tensors: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
         count, nbytes = census.get(spec.dtype, (0, 0))
         census[spec.dtype] = (count + 1, nbytes + spec.nbytes)
     return dict(sorted(census.items(), key=lambda item: -item[1][1]))
-
-
-def elements(spec: TensorSpec) -> int:
-    """Stored elements of a tensor (two FP4 values count as one)."""
-    return math.prod(spec.shape)
 
 
 def _one_line(error: Exception) -> str:

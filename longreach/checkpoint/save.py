@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from longreach.checkpoint.names import locate
+from longreach.checkpoint.names import locate, written_layout
 from longreach.checkpoint.table import Encoding, encoding_of, tensor_table, units
 from longreach.checkpoint.writer import MAX_SHARD_BYTES, SAFETENSORS_DTYPE, CheckpointWriter
 from longreach.errors import CheckpointError
 from longreach.model.config import ModelConfig
 from longreach.model.config_io import official_config_dict, transformers_config_dict
-from longreach.model.transformer import Transformer
 from longreach.ops.quant import fp4_weight_encode, fp8_weight_encode
+
+if TYPE_CHECKING:
+    from longreach.model.transformer import Transformer
 
 TORCH_NAME = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -70,14 +72,15 @@ def save_model(
     named_dtype = plain_dtype if isinstance(plain_dtype, str) else plain_dtype["embed.weight"]
     config_json = config_text(config, layout, named_dtype)
     is_mla = config.attention == "mla"
-    table = tensor_table(config, layout, plain_dtype)
+    spelling = written_layout(layout, config.weight_format)
+    table = tensor_table(config, spelling, plain_dtype)
     with CheckpointWriter(directory, table, overwrite, max_shard_bytes) as writer, torch.no_grad():
         for unit in units(config):
             values = state[unit.parameter.name]
             if unit.expert is not None:
                 values = values[unit.expert]
             codes, scales = encode(values, encoding_of(unit.parameter, config.weight_format))
-            writer.write_unit(locate(unit.parameter.name, unit.expert, is_mla, layout), codes, scales)
+            writer.write_unit(locate(unit.parameter.name, unit.expert, is_mla, spelling), codes, scales)
         writer.write_text("config.json", config_json)
         if isinstance(tokenizer, (str, Path)):
             copy_tokenizer(Path(tokenizer), writer)

@@ -10,6 +10,8 @@ the code is the same. Source: DeepSeek-V4 report, section 2.3; official inferenc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,10 +66,7 @@ class Attention(nn.Module):
             parts["raw"] = self.compressor.project(x_BTD, pass_.positions)
         if self.kind == "csa":
             parts |= self.indexer.project(x_BTD, qr, table, pass_.positions)
-        if len(pass_.spans) == 1 and q.shape[:2] == _extent(pass_.spans[0]):
-            out = self.attend(parts, pass_.spans[0], pass_)
-        else:
-            out = self._attend_spans(parts, pass_)
+        out = span_by_span(parts, pass_, self.attend)
         out = apply_rope(out, table.unsqueeze(2), inverse=True)
         return self.project_out(out)
 
@@ -82,14 +81,6 @@ class Attention(nn.Module):
     def round_entries(self, kv: Tensor) -> Tensor:
         """FP8 round-trip of the position-free channels where the released code makes one."""
         return round_entries(self.config, kv)
-
-    def _attend_spans(self, parts: dict[str, Tensor], pass_: Pass) -> Tensor:
-        """Span by span; tokens that belong to none (padding) attend to nothing and give zeros."""
-        pieces: list[tuple[Span, Tensor]] = []
-        for span in pass_.spans:
-            mine = {name: part[span.rows, span.cols] for name, part in parts.items()}
-            pieces.append((span, self.attend(mine, span, pass_)))
-        return assemble(pieces, parts["q"].shape)
 
     def attend(self, parts: dict[str, Tensor], span: Span, pass_: Pass) -> Tensor:
         """Attention of one span's queries, `[b, t, N, H]`; advances the span's stores."""
@@ -165,6 +156,19 @@ def report_selection(layer: int, chosen: Tensor | None, ratio: int, topk: int, s
         batch = span.rows.stop - span.rows.start
         chosen = torch.arange(width, device=pass_.device).expand(batch, len(positions), width)
     pass_.keep_selection(layer, span, torch.where(chosen < visible, chosen, -1))
+
+
+def span_by_span(
+    parts: dict[str, Tensor], pass_: Pass, attend: Callable[[dict[str, Tensor], Span, Pass], Tensor]
+) -> Tensor:
+    """`attend` on each span's share of `parts`, all `[B, T, ...]`; tokens of no span (padding) give zeros."""
+    if len(pass_.spans) == 1 and parts["q"].shape[:2] == _extent(pass_.spans[0]):
+        return attend(parts, pass_.spans[0], pass_)
+    pieces: list[tuple[Span, Tensor]] = []
+    for span in pass_.spans:
+        mine = {name: part[span.rows, span.cols] for name, part in parts.items()}
+        pieces.append((span, attend(mine, span, pass_)))
+    return assemble(pieces, parts["q"].shape)
 
 
 def assemble(pieces: list[tuple[Span, Tensor]], shape: torch.Size) -> Tensor:

@@ -24,12 +24,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.errors import CacheError
 from longreach.model.config import ModelConfig
 from longreach.ops.attention import gather_entries
 from longreach.ops.quant import (
+    E4M3_MAX,
+    FP8_AMAX_FLOOR,
+    e8m0_to_float,
+    fp8_quantize,
     hadamard,
     index_key_nbytes,
     kv_entry_nbytes,
@@ -44,6 +49,9 @@ REWIND = 64
 
 INDEX_BLOCK = 16_384
 """Index keys scored at a time: bounds the score matrix at long context."""
+
+LATENT_BLOCK = 128
+"""Channels that share one scale in V3.2's FP8 latents and index keys."""
 
 Precision = Literal["float32", "bfloat16", "released"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "released")
@@ -117,6 +125,85 @@ class ReleasedIndexKey:
     def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         values = unpack_index_key(stored, self.dim, dtype)
         return hadamard(values) if self.rotate else values
+
+
+@dataclass(frozen=True)
+class ReleasedLatent:
+    """V3.2's entry: E4M3 latent, one float32 scale per 128 channels, BF16 rotary key: 656 bytes at 512 + 64.
+
+    A scale is the block's largest magnitude / 448, as serving engines store it; with `power_of_two` the next power of
+    two, which keeps to the bit what `numerics="official"` has already rounded.
+    """
+
+    latent_dim: int
+    rope_dim: int
+    power_of_two: bool
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def width(self) -> int:
+        return _fp8_nbytes(self.latent_dim) + 2 * self.rope_dim
+
+    def encode(self, values: Tensor) -> Tensor:
+        latent, rotary = values.detach().split([self.latent_dim, self.rope_dim], dim=-1)
+        rotary = rotary.to(torch.bfloat16).contiguous().view(torch.uint8)
+        return torch.cat([_fp8_bytes(latent, self.power_of_two), rotary], dim=-1)
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        latent, rotary = stored.split([self.width - 2 * self.rope_dim, 2 * self.rope_dim], dim=-1)
+        # clone, not contiguous: a view of a single row may start at an address that no BF16 view accepts
+        rotary = rotary.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+        return torch.cat([_fp8_values(latent, self.latent_dim, dtype), rotary.to(dtype)], dim=-1)
+
+
+@dataclass(frozen=True)
+class ReleasedLatentIndexKey:
+    """V3.2's index key after the Hadamard rotation: E4M3 with one float32 scale per 128 channels, 132 bytes at 128.
+
+    `rotate` as in `ReleasedIndexKey`, `power_of_two` as in `ReleasedLatent`.
+    """
+
+    dim: int
+    rotate: bool
+    power_of_two: bool
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def width(self) -> int:
+        return _fp8_nbytes(self.dim)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return _fp8_bytes(hadamard(values.detach()) if self.rotate else values.detach(), self.power_of_two)
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        values = _fp8_values(stored, self.dim, dtype)
+        return hadamard(values) if self.rotate else values
+
+
+def _fp8_nbytes(dim: int) -> int:
+    return dim + 4 * -(-dim // LATENT_BLOCK)
+
+
+def _fp8_bytes(values: Tensor, power_of_two: bool) -> Tensor:
+    """E4M3 codes of `[..., n]`, then one float32 scale per LATENT_BLOCK channels: uint8 `[..., _fp8_nbytes(n)]`."""
+    if power_of_two:
+        codes, exponents = fp8_quantize(values, LATENT_BLOCK)
+        scales = e8m0_to_float(exponents)
+    else:
+        n = values.shape[-1]
+        count = -(-n // LATENT_BLOCK)
+        blocks = F.pad(values.float(), (0, count * LATENT_BLOCK - n)).unflatten(-1, (count, LATENT_BLOCK))
+        scales = blocks.abs().amax(dim=-1).clamp(min=FP8_AMAX_FLOOR) / E4M3_MAX
+        codes = (blocks / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)[..., :n].to(torch.float8_e4m3fn)
+    return torch.cat([codes.view(torch.uint8), scales.contiguous().view(torch.uint8)], dim=-1)
+
+
+def _fp8_values(stored: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The values in `_fp8_bytes`'s bytes, `[..., dim]`."""
+    codes, scales = stored.split([dim, stored.shape[-1] - dim], dim=-1)
+    scales = scales.clone(memory_format=torch.contiguous_format).view(torch.float32)
+    scales = scales.repeat_interleave(LATENT_BLOCK, dim=-1)[..., :dim]
+    return (codes.contiguous().view(torch.float8_e4m3fn).float() * scales).to(dtype)
 
 
 # ---- the two kinds of store ------------------------------------------------------------------------------------------
@@ -381,7 +468,7 @@ class GraphPool:
 def _padded(held: Tensor, before: int, after: int) -> Tensor:
     if not before and not after:
         return held
-    return torch.nn.functional.pad(held, (0, 0, before, after))
+    return F.pad(held, (0, 0, before, after))
 
 
 def _shallow(store):
@@ -460,8 +547,10 @@ def graph_stores(config: ModelConfig, num_layers: int) -> list[LayerStore]:
 
 
 def kv_codec(config: ModelConfig, precision: Precision, width: int) -> Codec:
-    """Storage of KV entries (window and compressed)."""
+    """Storage of KV entries (window and compressed, or V3.2's latents)."""
     if precision == "released":
+        if config.attention == "mla":
+            return ReleasedLatent(config.kv_lora_rank, config.qk_rope_head_dim, config.numerics == "official")
         return ReleasedKV(width - config.qk_rope_head_dim, config.qk_rope_head_dim)
     return FloatCodec(width, torch.float32 if precision == "float32" else torch.bfloat16)
 
@@ -469,7 +558,10 @@ def kv_codec(config: ModelConfig, precision: Precision, width: int) -> Codec:
 def index_codec(config: ModelConfig, precision: Precision) -> Codec:
     """Storage of index keys."""
     if precision == "released":
-        return ReleasedIndexKey(config.index_head_dim, rotate=config.numerics != "official")
+        is_rounded = config.numerics == "official"
+        if config.attention == "mla":
+            return ReleasedLatentIndexKey(config.index_head_dim, rotate=not is_rounded, power_of_two=is_rounded)
+        return ReleasedIndexKey(config.index_head_dim, rotate=not is_rounded)
     return FloatCodec(config.index_head_dim, torch.float32 if precision == "float32" else torch.bfloat16)
 
 

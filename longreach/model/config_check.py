@@ -84,11 +84,15 @@ def _check_v4_attention(c: ModelConfig) -> None:
             raise ConfigError(
                 f"index_head_dim={c.index_head_dim} must be at least qk_rope_head_dim={c.qk_rope_head_dim}"
             )
-        if c.numerics == "official" and c.index_head_dim & (c.index_head_dim - 1):
-            raise ConfigError(
-                f"index_head_dim={c.index_head_dim} must be a power of two for the Hadamard rotation of "
-                f"numerics='official'; choose a power of two or numerics='transformers'"
-            )
+        _check_hadamard(c)
+
+
+def _check_hadamard(c: ModelConfig) -> None:
+    if c.numerics == "official" and c.index_head_dim & (c.index_head_dim - 1):
+        raise ConfigError(
+            f"index_head_dim={c.index_head_dim} must be a power of two for the Hadamard rotation of "
+            f"numerics='official'; choose a power of two or numerics='transformers'"
+        )
 
 
 def _check_mla(c: ModelConfig) -> None:
@@ -97,6 +101,12 @@ def _check_mla(c: ModelConfig) -> None:
             raise ConfigError(f"{name}={getattr(c, name)} must be at least 1 with attention='mla'")
     if c.index_head_dim < c.qk_rope_head_dim:
         raise ConfigError(f"index_head_dim={c.index_head_dim} must be at least qk_rope_head_dim={c.qk_rope_head_dim}")
+    if c.head_dim != c.qk_nope_head_dim + c.qk_rope_head_dim:
+        raise ConfigError(
+            f"head_dim={c.head_dim} must be qk_nope_head_dim + qk_rope_head_dim = "
+            f"{c.qk_nope_head_dim + c.qk_rope_head_dim} with attention='mla'"
+        )
+    _check_hadamard(c)
 
 
 def _check_feed_forward(c: ModelConfig) -> None:

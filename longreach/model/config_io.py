@@ -14,8 +14,9 @@ What the published layouts cannot say (the switches, the arithmetic, ...) travel
 Two choices the files leave open:
 - `numerics`: the published layouts mean the released arithmetic, "official"; a file in transformers' own layout means what
   transformers computes, "transformers", unless its "longreach" part says otherwise.
-- MTP: transformers keeps `num_nextn_predict_layers` although it saves no MTP tensors. So in its layout, without a
-  "longreach" part, there is an MTP block exactly if the weights beside the file hold `mtp.` tensors.
+- MTP: transformers keeps `num_nextn_predict_layers` (and our "longreach" part) although it saves no MTP tensors. So in its
+  layout there is an MTP block exactly if the weights beside the file hold `mtp.` tensors; of a file without weights
+  beside it, one with a "longreach" part is believed and any other has none.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def config_from_dict(
 ) -> ModelConfig:
     """`read_config` of an object already parsed; `source` names it in errors.
 
-    `weights_directory` is where a transformers layout's MTP tensors are looked for; without it there are none.
+    `weights_directory` is where a transformers layout's MTP tensors are looked for.
     """
     if "dim" in raw and "hidden_size" not in raw:
         fields = _read_inference(_Keys(raw, source))
@@ -257,9 +258,9 @@ def _read_v4(keys: _Keys, weights_directory: Path | None) -> dict[str, Any]:
                 f"head_dim={fields['head_dim']}, but qk_rope_head_dim={fields['qk_rope_head_dim']}"
             )
     fields["numerics"] = "transformers"
-    if "longreach" not in keys.raw:
-        stored = weights_directory is not None and _stores_mtp(weights_directory)
-        fields["num_nextn_predict_layers"] = int(stored)
+    stored = None if weights_directory is None else _stores_mtp(weights_directory)
+    if stored is False or (stored is None and "longreach" not in keys.raw):
+        fields["num_nextn_predict_layers"] = 0
     fields["compress_ratios"] = ratios + [0] * fields["num_nextn_predict_layers"]
     fields["csa_ratio"] = csa_ratio
     return _finish(keys, fields, [*V4_FIELDS, "compress_ratios", "csa_ratio", "weight_format"])
@@ -378,6 +379,8 @@ def _read_weight_format(keys: _Keys) -> str:
 
 
 def _read_v32(keys: _Keys) -> dict[str, Any]:
+    # The published V3.2 has an MTP block; this baseline is built without, and readers pass its tensors over.
+    keys.ignore("num_nextn_predict_layers")
     keys.ignore("model_type", "qk_head_dim", "head_dim", "rope_interleave")
     mlp_layer_types = keys.take("mlp_layer_types", None)
     if mlp_layer_types is not None:
@@ -390,7 +393,6 @@ def _read_v32(keys: _Keys) -> dict[str, Any]:
     keys.expect("scoring_func", "sigmoid")
     keys.expect("num_key_value_heads", fields["num_attention_heads"])
     keys.expect("layer_types", ["indexed_attention"] * fields["num_hidden_layers"])
-    keys.expect("num_nextn_predict_layers", 0)
     if (rope := keys.part("rope_parameters")) is not None:
         fields["rope_theta"] = rope.take("rope_theta", _DEFAULTS["rope_theta"])
         rope.ignore("partial_rotary_factor")
@@ -427,8 +429,11 @@ def _read_inference(keys: _Keys) -> dict[str, Any]:
     return _finish(keys, fields, [*INFERENCE_FIELDS, "weight_format"])
 
 
-def _stores_mtp(directory: Path) -> bool:
-    """Whether the weights in `directory` hold MTP tensors, told from the index or the first bytes of the one file."""
+def _stores_mtp(directory: Path) -> bool | None:
+    """Whether the weights in `directory` hold MTP tensors, told from the index or the first bytes of the one file.
+
+    None when no weights can be read there: whoever wants them will say what is wrong with them.
+    """
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     try:
         if index.is_file():
@@ -437,9 +442,9 @@ def _stores_mtp(directory: Path) -> bool:
             with single.open("rb") as file:
                 names = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         else:
-            return False
+            return None
     except (OSError, ValueError, KeyError, OverflowError, MemoryError):
-        return False  # whoever reads the weights next will say what is wrong with them
+        return None
     return any(name.removeprefix("model.").startswith("mtp.") for name in names)
 
 

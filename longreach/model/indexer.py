@@ -58,29 +58,36 @@ class Indexer(nn.Module):
         keys, new = self.compressor.complete(index_raw, span, store.index_raw, frequencies, pass_.invariant)
         store.index_entries.append(self.rotate(keys)[:, new])
 
-    @torch.no_grad()
     def select(self, q_BTNH: Tensor, weight_BTN: Tensor, span: Span, store: LayerStore) -> Tensor | None:
-        """Entries for each query of the span, int64 `[b, t, index_topk]` ascending; None when all visible ones fit.
+        """`select_entries` for this layer."""
+        return select_entries(q_BTNH, weight_BTN, span, store, self.ratio, self.config.index_topk)
 
-        Invalid places (fewer visible entries than `index_topk`) hold indices at or beyond the visible count.
-        """
-        assert store.index_entries is not None
-        count, k = span.stop // self.ratio, self.config.index_topk
-        if count <= k:
-            return None
-        B, T, N, _ = q_BTNH.shape
-        wide = torch.float64 if q_BTNH.dtype == torch.float64 else torch.float32
-        size = max(8, min(T, TILE_SCORES // (B * N * min(count, 1 << 14))))
-        positions = torch.arange(span.first, span.stop, device=q_BTNH.device)
-        visible = (positions + 1) // self.ratio
-        chosen = []
-        for start in range(0, T, size):
-            rows = slice(start, min(start + size, T))
-            seen = (span.first + rows.stop) // self.ratio
-            if seen <= k:
-                chosen.append(torch.arange(k, device=q_BTNH.device).expand(B, rows.stop - rows.start, k))
-                continue
-            blocks = (block.to(wide) for block in store.index_entries.blocks(seen))
-            tile = select_over_blocks(q_BTNH[:, rows].to(wide), weight_BTN[:, rows].to(wide), blocks, visible[rows], k)
-            chosen.append(tile)
-        return torch.cat(chosen, dim=1) if len(chosen) > 1 else chosen[0]
+
+@torch.no_grad()
+def select_entries(
+    q_BTNH: Tensor, weight_BTN: Tensor, span: Span, store: LayerStore, ratio: int, k: int
+) -> Tensor | None:
+    """Entries for each query of the span, int64 `[b, t, k]` ascending; None when all visible ones fit.
+
+    Invalid places (fewer than `k` visible entries) hold indices at or beyond the visible count.
+    """
+    assert store.index_entries is not None
+    count = span.stop // ratio
+    if count <= k:
+        return None
+    B, T, N, _ = q_BTNH.shape
+    wide = torch.float64 if q_BTNH.dtype == torch.float64 else torch.float32
+    size = max(8, min(T, TILE_SCORES // (B * N * min(count, 1 << 14))))
+    positions = torch.arange(span.first, span.stop, device=q_BTNH.device)
+    visible = (positions + 1) // ratio
+    chosen = []
+    for start in range(0, T, size):
+        rows = slice(start, min(start + size, T))
+        seen = (span.first + rows.stop) // ratio
+        if seen <= k:
+            chosen.append(torch.arange(k, device=q_BTNH.device).expand(B, rows.stop - rows.start, k))
+            continue
+        blocks = (block.to(wide) for block in store.index_entries.blocks(seen))
+        tile = select_over_blocks(q_BTNH[:, rows].to(wide), weight_BTN[:, rows].to(wide), blocks, visible[rows], k)
+        chosen.append(tile)
+    return torch.cat(chosen, dim=1) if len(chosen) > 1 else chosen[0]

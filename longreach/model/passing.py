@@ -135,12 +135,16 @@ class Pass:
 
 
 def frequencies(config: ModelConfig, compressed: bool, device: torch.device | None = None) -> Tensor:
-    """RoPE frequencies: base `rope_theta` plain, or `compress_rope_theta` with YaRN for a layer with entries."""
-    if not compressed:
-        return rope_frequencies(config.qk_rope_head_dim, config.rope_theta, device=device)
+    """RoPE frequencies: base `rope_theta` plain, or `compress_rope_theta` with YaRN for a layer with entries.
+
+    V3.2 has one kind of layer: base `rope_theta`, with YaRN.
+    """
+    theta = config.compress_rope_theta if compressed else config.rope_theta
+    if not compressed and config.attention != "mla":
+        return rope_frequencies(config.qk_rope_head_dim, theta, device=device)
     return rope_frequencies(
         config.qk_rope_head_dim,
-        config.compress_rope_theta,
+        theta,
         factor=config.rope_factor,
         original_length=config.rope_original_length,
         beta_fast=config.rope_beta_fast,

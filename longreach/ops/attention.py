@@ -32,7 +32,7 @@ class EntrySource(Protocol):
         ...
 
     def gather(self, index_BTK: Tensor) -> Tensor:
-        """Entries by index, `[B, T, K, H]`."""
+        """Entries by index, `[B, T, K, H]`; some entry for an index out of range."""
         ...
 
 
@@ -46,7 +46,7 @@ class TensorEntries:
         return self.entries[:, :count]
 
     def gather(self, index_BTK: Tensor) -> Tensor:
-        return gather_entries(self.entries, index_BTK)
+        return gather_entries(self.entries, index_BTK.clamp(0, self.entries.shape[1] - 1))
 
 
 def gather_entries(entries_BSH: Tensor, index_BTK: Tensor) -> Tensor:
@@ -69,6 +69,7 @@ class Layout:
         window: positions a query sees of the local keys, itself included; 0 for none.
         ratio: tokens per entry; entry i is visible to position t iff i < (t + 1) // ratio. 0 for no entries.
         chosen_limit: entries per query in the chosen set; tiles that see no more than this read them all instead.
+            0: the set is somebody else's, always read as it is, and may name fewer entries than a query sees (-1).
         scale: factor on q · k.
         value_dim: leading channels of a key that are its value.
     """
@@ -109,8 +110,8 @@ def sparse_attention(
         q_BTNH: rotated queries, any float dtype.
         local_BSH: rotated keys (= values) at consecutive positions from `layout.first_key`.
         entries: compressed entries, or None.
-        chosen_BTK: int entry indices, ascending, at most `layout.chosen_limit` of them; those beyond what the query can
-            see are ignored. None: all visible entries.
+        chosen_BTK: int entry indices, at most `layout.chosen_limit` of them; those beyond what the query can see and
+            negative ones are ignored. None: all visible entries.
         sink_N: per-head logit that takes weight and gives nothing, or None.
 
     Returns:
@@ -143,18 +144,19 @@ def sparse_attention_reference(
         S = entries_BSH.shape[1]
         visible = torch.arange(S)[None] < ((t + 1) // layout.ratio)[:, None]
         if chosen_BTK is not None:
-            picked = torch.zeros(B, T, S, dtype=torch.bool).scatter(-1, chosen_BTK.long().clamp(max=S - 1), True)
-            visible = visible & picked
+            picked = torch.zeros(B, T, S + 1, dtype=torch.bool)
+            picked.scatter_(-1, torch.where(chosen_BTK < 0, S, chosen_BTK.long()).clamp(max=S), True)
+            visible = visible & picked[..., :S]
         seen = torch.cat([seen, visible.expand(B, T, S)], dim=-1)
         keys = torch.cat([keys, entries_BSH], dim=1)
-    logits = torch.einsum("btnh,bsh->btns", q_BTNH.float(), keys.float()) * layout.scale
+    logits = torch.einsum("btnh,bsh->btns", _wide(q_BTNH), _wide(keys)) * layout.scale
     logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
     if sink_N is not None:
-        logits = torch.cat([sink_N.float().expand(B, T, N)[..., None], logits], dim=-1)
+        logits = torch.cat([sink_N.to(logits.dtype).expand(B, T, N)[..., None], logits], dim=-1)
     weights = logits.softmax(dim=-1)
     if sink_N is not None:
         weights = weights[..., 1:]
-    return torch.einsum("btns,bsh->btnh", weights, keys[..., : layout.value_dim].float()).to(q_BTNH.dtype)
+    return torch.einsum("btns,bsh->btnh", weights, _wide(keys[..., : layout.value_dim])).to(q_BTNH.dtype)
 
 
 # ---- one tile --------------------------------------------------------------------------------------------------------
@@ -195,9 +197,10 @@ def _tiles(layout: Layout, T: int, B: int, N: int, num_keys: int, chosen: Tensor
         bias = None
         if gathered:
             assert chosen is not None
-            if least < chosen.shape[-1]:
-                limits = _visible(layout, start, stop, device)
-                bias = _hidden(chosen[:, start:stop] >= limits[:, None])
+            picks, limits = chosen[:, start:stop], _visible(layout, start, stop, device)
+            invalid = (picks < 0) | (picks >= limits[:, None])
+            if device.type != "cpu" or bool(invalid.any()):  # asking a GPU would cost more than adding zeros
+                bias = _hidden(invalid)
         elif least < most:
             bias = _hidden(torch.arange(most, device=device) >= _visible(layout, start, stop, device)[:, None])
         yield _Tile(start, stop, (lo, hi), biases[shape], 0 if gathered else most, gathered, bias)
@@ -344,7 +347,7 @@ class _SparseAttention(torch.autograd.Function):
                     S = entries.shape[1]
                     index = chosen[:, rows].long()
                     # Invalid picks carry zero gradient, but they still need a row to land in.
-                    index = index.clamp(max=S - 1) + torch.arange(0, B * S, S, device=q.device)[:, None, None]
+                    index = index.clamp(0, S - 1) + torch.arange(0, B * S, S, device=q.device)[:, None, None]
                     d_entries.view(B * S, H).index_add_(0, index.reshape(-1), d_extra.reshape(-1, H))
                 else:
                     d_entries[:, : tile.num_entries] += d_extra

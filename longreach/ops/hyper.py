@@ -69,7 +69,8 @@ def mix_out(streams_BTnD: Tensor, y_BTD: Tensor, post_BTn: Tensor, comb_BTnn: Te
     B, T, n, D = streams_BTnD.shape
     wide = streams_BTnD.to(comb_BTnn.dtype).reshape(B * T, n, D)
     mixed = torch.bmm(comb_BTnn.reshape(B * T, n, n).transpose(1, 2), wide)
-    mixed = torch.addcmul(mixed, post_BTn.reshape(B * T, n, 1), y_BTD.to(mixed.dtype).reshape(B * T, 1, D))
+    post, y = post_BTn.reshape(B * T, n, 1), y_BTD.to(mixed.dtype).reshape(B * T, 1, D)
+    mixed = torch.addcmul(mixed, post, y) if mixed.requires_grad else mixed.addcmul_(post, y)
     return mixed.view(B, T, n, D).to(streams_BTnD.dtype)
 
 
@@ -102,7 +103,7 @@ def _sinkhorn_steps(logits: Tensor, iters: int, eps: float) -> Tensor:
     for _ in range(iters - 1):
         m.div_(m.sum(1, keepdim=True).add_(eps))
         m.div_(m.sum(0, keepdim=True).add_(eps))
-    return m.permute(2, 0, 1).reshape(logits.shape)
+    return m.permute(2, 0, 1).contiguous().view(logits.shape)  # bmm copies matrix by matrix if this stays a view
 
 
 class _RecomputedSinkhorn(torch.autograd.Function):
@@ -136,5 +137,5 @@ class _RecomputedSinkhorn(torch.autograd.Function):
 def _projected(streams_BTnD: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     flat = streams_BTnD.flatten(-2)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    inverse_rms = torch.rsqrt(torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1] + norm_eps)
     return F.linear(flat, fn.to(flat.dtype)) * inverse_rms

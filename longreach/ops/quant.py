@@ -52,7 +52,7 @@ def ceil_pow2_scale(amax: Tensor, limit: float) -> Tensor:
     """Smallest power of two not below `amax * float32(1 / limit)`, as its E8M0 byte.
 
     The product is rounded in float32, as the released kernel does, and its logarithm is then read exactly from the float's
-    bits. (Dividing instead of multiplying by the reciprocal would pick another scale for a few amax per binade.)
+    bits. For the limits 448 and 6 the rounding never moves a product across a power of two, so this is the exact rule.
 
     Args:
         amax: positive block maxima, any float dtype.
@@ -306,8 +306,8 @@ def unpack_kv_entry(packed: Tensor, nope_dim: int, rope_dim: int, dtype: torch.d
     codes, rope, scale = packed.split((nope_dim, 2 * rope_dim, expected - nope_dim - 2 * rope_dim), dim=-1)
     nope = fp8_dequantize(codes.contiguous().view(torch.float8_e4m3fn), scale[..., :scales], KV_BLOCK, dtype)
     # clone, not contiguous: a single row is contiguous already but may start at an odd byte, which no BF16 view accepts
-    rope = rope.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).to(dtype)
-    return torch.cat((nope, rope), dim=-1)
+    rope = rope.clone(memory_format=torch.contiguous_format).flatten().view(torch.bfloat16).to(dtype)
+    return torch.cat((nope, rope.view(*packed.shape[:-1], rope_dim)), dim=-1)
 
 
 def pack_index_key(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from longreach.runtime import (
     total_memory_bytes,
 )
 from longreach.tokenizer.bpe import Tokenizer
-from longreach.train.losses import loss_per_token, predicted
+from longreach.train.losses import mean_loss, predicted, summed_loss
 from longreach.train.metrics import TrainingProgress, duration
 from longreach.train.plot import plot_losses
 from longreach.train.recipe import PretrainOptions, Recipe, budget_of, new_recipe, resumed_recipe
@@ -85,7 +85,7 @@ def main(options: PretrainOptions) -> int:
         budget = Budget(steps=math.ceil(stream.rows_per_pass / recipe.rows_per_batch))
 
     seed_everything(recipe.seed)
-    model = Transformer(config, dtype=dtype.value, device=device.value)
+    model = Transformer(config, dtype=dtype.value, device=device.value, seed=recipe.seed)
     optimizer = make_optimizer(model, recipe.lr)
     progress = Progress(data_digest=_digest(training))
     if options.resume:
@@ -154,6 +154,7 @@ class Trainer:
         last_checkpoint = time.perf_counter()
         step_seconds: list[float] = []
         total = self.budget.total_steps(progress.step, progress.seconds, None)
+        keep = ("routing", "mtp") if model.mtp else ("routing",)
         model.train()
         with TrainingProgress() as display:
             while progress.step < total and not stop.asked:
@@ -163,12 +164,11 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
 
-                features = model.features(tokens, documents=documents, keep=("routing", "mtp"))
-                loss = loss_per_token(features.hidden, model.head, tokens, documents).mean()
-                mtp_loss = None
-                objective = loss
+                features = model.features(tokens, documents=documents, keep=keep)
+                loss = mean_loss(features.hidden, model.head.weight, tokens, documents)
+                objective, mtp_loss = loss, None
                 if features.mtp is not None:
-                    mtp_loss = loss_per_token(features.mtp, model.head, tokens, documents, ahead=2).mean()
+                    mtp_loss = mean_loss(features.mtp, model.head.weight, tokens, documents, ahead=2)
                     objective = loss + MTP_WEIGHT * mtp_loss
                 objective.backward()
                 norm = torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)
@@ -226,9 +226,9 @@ class Trainer:
         for batch in in_order(self.validation, self.recipe.seq_len, self.recipe.rows_per_batch, VALIDATION_TOKENS):
             tokens, documents = (part.to(self.device) for part in batch)
             hidden = self.model.features(tokens, documents=documents).hidden
-            losses = loss_per_token(hidden, self.model.head, tokens, documents)
-            nats += losses.sum().item()
-            targets += losses.numel()
+            total, count = summed_loss(hidden, self.model.head.weight, tokens, documents)
+            nats += total.item()
+            targets += count
             text_bytes += int(self.bytes_of[tokens[:, 1:][predicted(documents, 1)]].sum())
         self.model.train()
         self.val_loss = nats / max(1, targets)
