@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from longreach.checkpoint.convert import ConvertOptions
 from longreach.checkpoint.convert import main as convert
 from longreach.checkpoint.load import load_model
-from longreach.checkpoint.names import locate
+from longreach.checkpoint.names import canonical, locate
 from longreach.checkpoint.reader import Checkpoint
 from longreach.checkpoint.save import encode, save_model
 from longreach.checkpoint.table import TensorSpec, encoding_of, tensor_table, units
@@ -150,6 +150,52 @@ def test_the_kinds_of_the_shape_table_are_the_dtypes_of_a_bfloat16_model():
     model = Transformer(SMALL, dtype=torch.bfloat16, device="meta")
     for parameter in parameter_shapes(SMALL):
         assert model.state_dict()[parameter.name].dtype == dtypes.get(parameter.kind, torch.bfloat16), parameter.name
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [ModelConfig.preset("tiny"), V32, VARIANTS["dense feed-forward"]],
+                         ids=["tiny", "V3.2", "dense"])  # fmt: skip
+def test_every_spelling_of_a_tensor_has_one_canonical_name(config):
+    for unit in units(config):
+        is_mla = config.attention == "mla"
+        official = locate(unit.parameter.name, unit.expert, False, "official")
+        for layout in ("official", "saved", "transformers", "transformers-per-expert"):
+            location = locate(unit.parameter.name, unit.expert, is_mla, layout)
+            if location.expert is None:
+                assert canonical(location.name) == official.name
+                assert canonical(location.scale_name) == official.scale_name or not unit.parameter.name.endswith("weight")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "official"),
+    [
+        ("model.layers.7.self_attn.compressor.indexer.scorer.weights_proj.weight", "layers.7.attn.indexer.weights_proj.weight"),
+        ("model.layers.7.attn.compressor.indexer.wkv.weight", "layers.7.attn.indexer.compressor.wkv.weight"),
+        ("model.layers.7.attn.compressor.indexer.norm.weight", "layers.7.attn.indexer.compressor.norm.weight"),
+        ("model.layers.7.attn.norm.weight", "layers.7.attn.kv_norm.weight"),
+        ("model.layers.7.self_attn.compressor.gate_proj.weight", "layers.7.attn.compressor.wgate.weight"),
+        ("model.layers.7.mlp.shared_experts.gate_proj.weight", "layers.7.ffn.shared_experts.w1.weight"),
+        ("model.layers.7.mlp.gate.e_score_correction_bias", "layers.7.ffn.gate.bias"),
+        ("model.layers.7.self_attn.q_a_proj.weight_scale_inv", "layers.7.attn.wq_a.scale"),
+        ("model.layers.7.mlp.experts.gate_up_proj_scale_inv", "layers.7.ffn.experts.gate_up_proj_scale"),
+        ("model.layers.7.mlp.experts.down_proj", "layers.7.ffn.experts.down_proj"),
+        ("model.hc_head.hc_scale", "hc_head_scale"),
+        ("model.layers.7.ffn_hc.scale", "layers.7.hc_ffn_scale"),
+        ("model.norm.weight", "norm.weight"),
+        ("lm_head.weight", "head.weight"),
+    ],
+)  # fmt: skip
+def test_names_of_transformers_and_its_mixtures_become_official(theirs, official):
+    assert canonical(theirs) == official
+    assert canonical(official) == official
+
+
+def test_one_tensor_under_two_names_is_refused(saved):
+    edit(saved, lambda tensors: tensors.update({"model.layers.0.self_attn.sinks": torch.zeros(4)}))
+    with pytest.raises(CheckpointError, match=r"one tensor under two names, layers.0.attn.attn_sink and model.layers.0"):
+        load_model(saved)
 
 
 # ---- saving and loading -------------------------------------------------------------------------------------------
@@ -461,7 +507,7 @@ def test_many_problems_are_counted_and_the_first_few_named(saved):
             del tensors[name]
 
     edit(saved, change)
-    with pytest.raises(CheckpointError, match=r"75 missing \(.*, and 70 more\)"):
+    with pytest.raises(CheckpointError, match=r"60 missing \(.*, and 55 more\)"):
         load_model(saved)
 
 
@@ -617,7 +663,7 @@ def test_what_transformers_saves_loads_with_the_same_bits(config, tmp_path):
     pytest.importorskip("transformers")
     ours = random_model(config)
     theirs = transformers_model(save_model(ours, tmp_path / "m", "transformers"))
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs")  # under a mixture of names: see longreach.checkpoint.names
     loaded = load_model(tmp_path / "theirs")
     assert loaded.config.num_nextn_predict_layers == 0
     state = ours.state_dict()

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longreach.checkpoint.names import Layout, Location, locate, locations
+from longreach.checkpoint.names import Layout, Location, canonical, find, locate
 from longreach.checkpoint.table import ITEM_SIZE, Encoding, TensorSpec, Unit, stored_shapes, units
 from longreach.errors import CheckpointError
 from longreach.model.config import ModelConfig
@@ -99,7 +99,7 @@ class Checkpoint(AbstractContextManager):
     # ---- what belongs to a model ----------------------------------------------------------------------------------
 
     def match(self, config: ModelConfig, ignored_prefixes: tuple[str, ...] = ()) -> list[StoredUnit]:
-        """Find every matrix of `Transformer(config)`; the three spellings of `names` may even be mixed.
+        """Find every matrix of `Transformer(config)`, whatever mixture of the spellings in `names` the files use.
 
         Args:
             ignored_prefixes: tensors whose names start so are left aside instead of being unexpected.
@@ -115,15 +115,13 @@ class Checkpoint(AbstractContextManager):
         missing: list[str] = []
         wrong: list[str] = []
         used: set[str] = set()
-        layout = self.layout or "official"
+        names = self._canonical_names()
         for unit in units(config):
-            # Nearly always the layout's own spelling is the one; only otherwise are all others built.
-            location = locate(unit.parameter.name, unit.expert, is_mla, layout)
-            if location.name not in self.tensors:
-                candidates = locations(unit.parameter.name, unit.expert, is_mla)
-                location = next((c for c in candidates if c.name in self.tensors), location)
-            if location.name not in self.tensors:
-                missing.append(location.name)
+            location = find(unit.parameter.name, unit.expert, names)
+            if location is None:
+                absent = locate(unit.parameter.name, unit.expert, is_mla, self.layout or "official").name
+                if absent not in missing[-1:]:  # a stacked tensor is missing once
+                    missing.append(absent)
                 continue
             used |= {location.name, location.scale_name}
             stored = self._match_unit(unit, location, wrong, missing)
@@ -138,6 +136,13 @@ class Checkpoint(AbstractContextManager):
                 f"{self.directory} does not fit its config.json: {'; '.join(filter(None, problems))}"
             )
         return found
+
+    def _canonical_names(self) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for name in self.tensors:
+            if (first := names.setdefault(canonical(name), name)) != name:
+                raise CheckpointError(f"{self.directory} holds one tensor under two names, {first} and {name}")
+        return names
 
     def _match_unit(self, unit: Unit, location: Location, wrong: list[str], missing: list[str]) -> StoredUnit | None:
         spec = self.tensors[location.name]
