@@ -1,10 +1,12 @@
-"""Checkpoints: what is saved is what loads, in every layout and format, and what is wrong with a file is said by name."""
+"""Checkpoints: what is saved is what loads, in every layout and format; what is wrong with a file is said by name."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +23,14 @@ from longreach.checkpoint.table import TensorSpec, encoding_of, tensor_table, un
 from longreach.checkpoint.writer import CheckpointWriter
 from longreach.errors import CheckpointError, ConfigError
 from longreach.model.config import PRESETS, ModelConfig
-from longreach.model.config_io import official_config_dict, read_config
+from longreach.model.config_io import read_config
+from longreach.model.config_write import official_config_dict
 from longreach.model.count import count_parameters
 from longreach.model.shapes import parameter_shapes
 from longreach.model.transformer import Transformer
 from longreach.ops.quant import fp4_weight_decode, fp4_weight_encode, fp8_weight_decode, fp8_weight_encode
 
-# Sixteen index heads: with few, all scores of an entry are often exactly 0 and which of the tied entries is chosen is open.
+# Sixteen index heads: with few, all scores of an entry are often exactly 0, and which of the tied is chosen is open.
 SMALL = ModelConfig(
     vocab_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=32, qk_rope_head_dim=16,
     q_lora_rank=32, o_groups=2, o_lora_rank=16, sliding_window=8, compress_ratios=(0, 4, 16, 4, 0), index_n_heads=16,
@@ -165,13 +168,18 @@ def test_every_spelling_of_a_tensor_has_one_canonical_name(config):
             location = locate(unit.parameter.name, unit.expert, is_mla, layout)
             if location.expert is None:
                 assert canonical(location.name) == official.name
-                assert canonical(location.scale_name) == official.scale_name or not unit.parameter.name.endswith("weight")
+                assert canonical(location.scale_name) == official.scale_name or not unit.parameter.name.endswith(
+                    "weight"
+                )
 
 
 @pytest.mark.parametrize(
     ("theirs", "official"),
     [
-        ("model.layers.7.self_attn.compressor.indexer.scorer.weights_proj.weight", "layers.7.attn.indexer.weights_proj.weight"),
+        (
+            "model.layers.7.self_attn.compressor.indexer.scorer.weights_proj.weight",
+            "layers.7.attn.indexer.weights_proj.weight",
+        ),
         ("model.layers.7.attn.compressor.indexer.wkv.weight", "layers.7.attn.indexer.compressor.wkv.weight"),
         ("model.layers.7.attn.compressor.indexer.norm.weight", "layers.7.attn.indexer.compressor.norm.weight"),
         ("model.layers.7.attn.norm.weight", "layers.7.attn.kv_norm.weight"),
@@ -194,7 +202,9 @@ def test_names_of_transformers_and_its_mixtures_become_official(theirs, official
 
 def test_one_tensor_under_two_names_is_refused(saved):
     edit(saved, lambda tensors: tensors.update({"model.layers.0.self_attn.sinks": torch.zeros(4)}))
-    with pytest.raises(CheckpointError, match=r"one tensor under two names, layers.0.attn.attn_sink and model.layers.0"):
+    with pytest.raises(
+        CheckpointError, match=r"one tensor under two names, layers.0.attn.attn_sink and model.layers.0"
+    ):
         load_model(saved)
 
 
@@ -240,7 +250,9 @@ def test_a_quantised_model_saved_again_keeps_every_byte_of_its_values(tmp_path):
     assert again.config.weight_format == "fp8-fp4"
     assert_same_weights(first, again)
     in_bfloat16 = load_model(tmp_path / "a", dtype=torch.bfloat16)
-    assert torch.equal(in_bfloat16.layers[1].attn.wq_b.weight.float(), first.layers[1].attn.wq_b.weight)
+    assert torch.equal(
+        in_bfloat16.state_dict()["layers.1.attn.wq_b.weight.float"](), first.state_dict()["layers.1.attn.wq_b.weight"]
+    )
 
 
 def test_a_bfloat16_model_keeps_its_float32_parts_on_disk_and_in_memory(tmp_path):
@@ -258,10 +270,17 @@ def test_the_official_file_is_an_ordinary_safetensors_file_with_official_names(s
     with safe_open(saved / "model.safetensors", "pt") as file:
         names = set(file.keys())
         assert names == {spec.name for spec in tensor_table(SMALL)}
-        assert {"layers.1.ffn.experts.3.w1.weight", "layers.1.hc_ffn_scale", "hc_head_fn", "mtp.0.enorm.weight"} <= names
+        assert {
+            "layers.1.ffn.experts.3.w1.weight",
+            "layers.1.hc_ffn_scale",
+            "hc_head_fn",
+            "mtp.0.enorm.weight",
+        } <= names
         assert not any("collapse" in name or "attn_hc" in name for name in names)
         model = load_model(saved)
-        assert torch.equal(file.get_tensor("layers.1.ffn.experts.3.w1.weight"), model.layers[1].ffn.experts.w1[3])
+        assert torch.equal(
+            file.get_tensor("layers.1.ffn.experts.3.w1.weight"), model.state_dict()["layers.1.ffn.experts.w1"][3]
+        )
 
 
 def test_the_transformers_file_stacks_w1_above_w3(tmp_path):
@@ -269,8 +288,15 @@ def test_the_transformers_file_stacks_w1_above_w3(tmp_path):
     directory = save_model(model, tmp_path / "m", "transformers")
     with safe_open(directory / "model.safetensors", "pt") as file:
         stacked = file.get_tensor("model.layers.2.mlp.experts.gate_up_proj")
-        assert torch.equal(stacked, torch.cat([model.layers[2].ffn.experts.w1, model.layers[2].ffn.experts.w3], dim=1))
-        assert torch.equal(file.get_tensor("model.layers.2.self_attn.sinks"), model.layers[2].attn.attn_sink)
+        assert torch.equal(
+            stacked,
+            torch.cat(
+                [model.state_dict()["layers.2.ffn.experts.w1"], model.state_dict()["layers.2.ffn.experts.w3"]], dim=1
+            ),
+        )
+        assert torch.equal(
+            file.get_tensor("model.layers.2.self_attn.sinks"), model.state_dict()["layers.2.attn.attn_sink"]
+        )
 
 
 def test_stacked_quantised_experts_are_read_as_transformers_keeps_them_in_memory(tmp_path):
@@ -350,7 +376,7 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint_and_no_rubbish(saved)
     def broken_tokenizer_save(path):
         raise OSError(28, "No space left on device")
 
-    tokenizer = type("Broken", (), {"save": staticmethod(broken_tokenizer_save)})()
+    tokenizer: Any = SimpleNamespace(save=broken_tokenizer_save)
     with pytest.raises(OSError, match="No space left"):
         save_model(random_model(SMALL, seed=5), saved, tokenizer=tokenizer)
     assert (saved / "model.safetensors").read_bytes() == before
@@ -386,7 +412,7 @@ def test_converting_there_and_back_gives_the_same_bytes(config, weight_format, t
 
 def test_conversion_keeps_scales_that_this_encoder_would_not_choose(tmp_path):
     directory = save_model(random_model(SMALL), tmp_path / "a", weight_format="fp8")
-    before = load_model(directory).layers[0].attn.wq_a.weight
+    before = load_model(directory).state_dict()["layers.0.attn.wq_a.weight"]
 
     def double_a_scale(tensors):
         scale = tensors["layers.0.attn.wq_a.scale"].view(torch.uint8)
@@ -394,7 +420,7 @@ def test_conversion_keeps_scales_that_this_encoder_would_not_choose(tmp_path):
 
     edit(directory, double_a_scale)
     convert(ConvertOptions(directory, tmp_path / "b", "transformers"))
-    assert torch.equal(load_model(tmp_path / "b").layers[0].attn.wq_a.weight, before * 2)
+    assert torch.equal(load_model(tmp_path / "b").state_dict()["layers.0.attn.wq_a.weight"], before * 2)
 
 
 def test_quantising_while_converting_equals_quantising_while_saving(tmp_path):
@@ -684,7 +710,7 @@ def test_a_model_made_by_transformers_alone_loads_with_the_same_logits(tmp_path)
         num_hash_layers=1,
     )  # fmt: skip
     theirs = transformers.DeepseekV4ForCausalLM(config).eval()
-    theirs.model.layers[0].mlp.gate.tid2eid.copy_(torch.rand(64, 4).argsort(1)[:, :2])
+    theirs.model.state_dict()["layers.0.mlp.gate.tid2eid.copy_"](torch.rand(64, 4).argsort(1)[:, :2])
     theirs.save_pretrained(tmp_path)
     tokens = tokens_of(SMALL, 140)
     torch.testing.assert_close(load_model(tmp_path)(tokens), theirs(tokens).logits, rtol=1e-4, atol=5e-5)

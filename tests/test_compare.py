@@ -99,7 +99,7 @@ def test_a_different_number_of_selected_entries_shows_at_the_selection(original,
 def test_a_difference_in_an_unused_parameter_is_found_too(original, tmp_path, longreach_command):
     model = load_model(original)
     with torch.no_grad():
-        model.layers[1].ffn.gate.bias += torch.tensor([0.0, 0.0, 0.0, 1e-9])
+        model.state_dict()["layers.1.ffn.gate.bias"] += torch.tensor([0.0, 0.0, 0.0, 1e-9])
     code, report = report_of(longreach_command, original, save_model(model, tmp_path / "b"))
     assert code == 1
     assert report["first_divergence"] is None

@@ -9,12 +9,8 @@ import pytest
 
 from longreach.errors import ConfigError
 from longreach.model.config import PRESETS, ModelConfig
-from longreach.model.config_io import (
-    config_from_dict,
-    official_config_dict,
-    read_config,
-    transformers_config_dict,
-)
+from longreach.model.config_io import config_from_dict, read_config
+from longreach.model.config_write import official_config_dict, transformers_config_dict
 from longreach.model.count import count_parameters
 
 SMALL = ModelConfig(
@@ -260,7 +256,11 @@ def load_with_transformers(directory: Path):
 def test_transformers_reads_the_same_meaning_from_its_layout(config, tmp_path):
     write(tmp_path, transformers_config_dict(config))
     theirs = load_with_transformers(tmp_path)
-    names = {"sliding": "sliding_attention", "csa": "compressed_sparse_attention", "hca": "heavily_compressed_attention"}
+    names = {
+        "sliding": "sliding_attention",
+        "csa": "compressed_sparse_attention",
+        "hca": "heavily_compressed_attention",
+    }
     assert theirs.layer_types == [names[config.layer_kind(i)] for i in range(config.num_hidden_layers)]
     assert theirs.compress_rates["compressed_sparse_attention"] == config.csa_ratio
     hca = {r for i, r in enumerate(config.compress_ratios) if config.layer_kind(i) == "hca"}
@@ -294,10 +294,10 @@ def test_what_transformers_writes_again_reads_back_equal(config, tmp_path):
 
 def test_a_config_made_by_transformers_alone_is_read(tmp_path):
     transformers = pytest.importorskip("transformers")
-    ratios = [0, 4, 128]
+    yarn = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
     transformers.DeepseekV4Config(
-        num_hidden_layers=3, compress_ratios=ratios, num_hash_layers=2, hidden_size=64, head_dim=32,
-        qk_rope_head_dim=16, rope_parameters={"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 65536},
+        num_hidden_layers=3, compress_ratios=[0, 4, 128], num_hash_layers=2, hidden_size=64, head_dim=32,
+        qk_rope_head_dim=16, rope_parameters=yarn,
     ).save_pretrained(tmp_path)  # fmt: skip
     config = read_config(tmp_path)
     assert config.compress_ratios == (0, 4, 128)

@@ -208,6 +208,7 @@ def test_the_gradient_passes_through_rounding_unchanged(roundtrip):
     x = randn(2, 64).requires_grad_()
     weight = randn(2, 64, seed=1)
     (roundtrip(x) * weight).sum().backward()
+    assert x.grad is not None
     assert torch.equal(x.grad, weight)
 
 
@@ -289,9 +290,7 @@ def test_unpacking_a_kv_entry_gives_the_roundtrip_to_the_bit(nope, rope, dtype):
     packed = quant.pack_kv_entry(x, rope)
     assert packed.dtype == torch.uint8
     assert packed.shape == (2, 3, quant.kv_entry_nbytes(nope, rope))
-    expected = torch.cat(
-        [quant.fp8_roundtrip(x[..., :nope], 64), x[..., nope:].to(torch.bfloat16).to(dtype)], dim=-1
-    )
+    expected = torch.cat([quant.fp8_roundtrip(x[..., :nope], 64), x[..., nope:].to(torch.bfloat16).to(dtype)], dim=-1)
     assert torch.equal(quant.unpack_kv_entry(packed, nope, rope, dtype), expected)
 
 
@@ -357,7 +356,9 @@ def test_decoding_keeps_the_scales_it_is_given():
     # A checkpoint may have used larger scales than this encoder would: same codes, doubled scales, doubled values.
     codes, scale = quant.fp8_weight_encode(randn(4, 4))
     assert torch.equal(quant.fp8_weight_decode(codes, scale + 1), 2 * quant.fp8_weight_decode(codes, scale))
-    assert torch.equal(quant.fp8_weight_decode(codes, quant.e8m0_to_float(scale)), quant.fp8_weight_decode(codes, scale))
+    assert torch.equal(
+        quant.fp8_weight_decode(codes, quant.e8m0_to_float(scale)), quant.fp8_weight_decode(codes, scale)
+    )
 
 
 def test_weights_round_to_the_nearest_representable_value():

@@ -3,9 +3,9 @@
     longreach compare models/official models/transformers        two layouts of one model: 0 everywhere
     longreach compare runs/base runs/fp8 --text "Hello"          which operator rounds first
 
-Both are run on the same tokens, one after the other, and every module's output is compared in the order of execution; the
-first one beyond the tolerance names the layer and the operator. Parameters are compared by name, matrix by matrix.
-Exit code 0 when everything is within the tolerance, 1 when something is not.
+Both are run on the same tokens, one after the other, and every module's output is compared in the order of execution;
+the first one beyond the tolerance names the layer and the operator. Parameters are compared by name, matrix by
+matrix. Exit code 0 when everything is within the tolerance, 1 when something is not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CompareOptions:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What both compute in."""
     tolerance: float = 0.0
-    """Largest relative difference that counts as equal; 0 takes 1e-4 for float32, 3e-2 for bfloat16, 1e-9 for float64."""
+    """Largest relative difference that counts as equal; 0 takes 1e-4 (float32), 3e-2 (bfloat16) or 1e-9 (float64)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: bool = False
@@ -68,8 +68,8 @@ class CompareOptions:
 class OperatorDifference:
     """How far one operator's output in B is from A's.
 
-    `layer` is None outside the layers. `relative` is the largest difference over the largest magnitude in A; for choices
-    (experts, entries) both figures are the fraction of tokens whose set differs.
+    `layer` is None outside the layers. `relative` is the largest difference over the largest magnitude in A; for
+    choices (experts, entries) both figures are the fraction of tokens whose set differs.
     """
 
     layer: int | None
@@ -101,9 +101,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     tokens = _choose_tokens(options, a, config_a, config_b).to(device)
     log.info(f"comparing parameters of {a} and {b}")
     parameters = compare_parameters(a, config_a, b, config_b)
-    operators = compare_outputs(
-        lambda path: load_model(path, DTYPES[options.dtype], device), a, b, tokens
-    )
+    operators = compare_outputs(lambda path: load_model(path, DTYPES[options.dtype], device), a, b, tokens)
     beyond = [d for d in operators if not d.relative <= tolerance]
     worst = max(parameters["relative"].values(), default=0.0)
     same = not beyond and not parameters["missing"] and worst <= tolerance
@@ -152,9 +150,7 @@ def compare_parameters(a: Path, config_a: ModelConfig, b: Path, config_b: ModelC
 # ---- outputs ------------------------------------------------------------------------------------------------------
 
 
-def compare_outputs(
-    load: Callable[[Path], Transformer], a: Path, b: Path, tokens: Tensor
-) -> list[OperatorDifference]:
+def compare_outputs(load: Callable[[Path], Transformer], a: Path, b: Path, tokens: Tensor) -> list[OperatorDifference]:
     """Every operator that both models have, in A's order of execution.
 
     Only one model is in memory at a time; A's outputs are kept on the CPU.
@@ -180,8 +176,8 @@ def compare_outputs(
 def run_recorded(model: Transformer, tokens: Tensor, record: Callable[[tuple[str, int], Tensor], None]) -> None:
     """Run the model and call `record((operator, call), output)` for each output, in the order of execution.
 
-    An operator is a module's name; a gate gives two, its choice and its weights. The selections of CSA layers, which are
-    no module's output, follow at the end.
+    An operator is a module's name; a gate gives two, its choice and its weights. The selections of CSA layers, which
+    are no module's output, follow at the end.
     """
     calls: dict[str, int] = {}
 
@@ -214,7 +210,7 @@ def run_recorded(model: Transformer, tokens: Tensor, record: Callable[[tuple[str
 
 
 def _in_order(recorded: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The operators in the order of execution: selections are only known at the end but precede the attention's output."""
+    """In the order of execution: selections are only known at the end but precede the attention's output."""
     ordered = [key for key in recorded if not key[0].endswith(_SELECTION)]
     for key in recorded:
         if key[0].endswith(_SELECTION):
@@ -231,7 +227,7 @@ def _place(name: str) -> tuple[int | None, str]:
 
 
 def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """(largest absolute difference, the same over the largest magnitude of `a`); infinite where shapes or NaNs differ."""
+    """(largest difference, the same over the largest magnitude of `a`); infinite where shapes or NaNs differ."""
     if a.shape != b.shape:
         return math.inf, math.inf
     if a.numel() == 0:
@@ -292,7 +288,9 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"  {place:<16}{worst.operator:<28}{worst.relative:>10.3g}{worst.max_abs:>12.3g}")
     lines += ["", f"logits: {OperatorDifference(**report['logits'])}"]
     if report["first_divergence"]:
-        lines.append(f"first divergence beyond {report['tolerance']:g}: {OperatorDifference(**report['first_divergence'])}")
+        lines.append(
+            f"first divergence beyond {report['tolerance']:g}: {OperatorDifference(**report['first_divergence'])}"
+        )
     elif report["same"]:
         lines.append(f"same: nothing differs by more than {report['tolerance']:g}")
     else:

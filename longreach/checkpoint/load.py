@@ -3,8 +3,9 @@
     model = load_model("runs/quickstart")                    a run directory
     model = load_model("DeepSeek-V4-Flash", device="cuda")   a published checkpoint, official or transformers layout
 
-The model is built without initialisation and filled matrix by matrix: peak memory is the model plus one matrix. FP8 and FP4
-weights are decoded exactly; the values then round to the model's dtype (E4M3 and E2M1 times a power of two fit BF16).
+The model is built without initialisation and filled matrix by matrix: peak memory is the model plus one matrix. FP8
+and FP4 weights are decoded exactly; the values then round to the model's dtype (E4M3 and E2M1 times a power of two
+fit BF16).
 """
 
 from __future__ import annotations

@@ -6,17 +6,19 @@
 | transformers   | model.layers.0.self_attn.q_a_proj.weight   | model.layers.0.mlp.experts.gate_up_proj [e, :f] |
 | saved          | model.layers.0.attn.wq_a.weight            | model.layers.0.ffn.experts.{e}.w1.weight        |
 
-"transformers" is what the modules of transformers 5.23 are called; "saved" is what its `save_pretrained` writes for a model
-it made or loaded from an official checkpoint. Loaded from its own names it writes a mixture of both, so a reader brings
-every name to the official form, component by component (`canonical`), and does not ask which layout it is in. Nothing is transposed or permuted in any of them. A quantised weight `X.weight` has its scales in `X.scale`
-(official, saved) or `X.weight_scale_inv` (transformers); despite the suffix the value multiplies in both. MTP tensors keep
-their official names everywhere, since transformers skips what starts with `mtp.`.
+"transformers" is what the modules of transformers 5.23 are called; "saved" is what its `save_pretrained` writes for a
+model it made or loaded from an official checkpoint. Loaded from its own names it writes a mixture of both, so a
+reader brings every name to the official form, component by component (`canonical`), and does not ask which layout it
+is in. Nothing is transposed or permuted in any of them. A quantised weight `X.weight` has its scales in `X.scale`
+(official, saved) or `X.weight_scale_inv` (transformers); despite the suffix the value multiplies in both. MTP tensors
+keep their official names everywhere, since transformers skips what starts with `mtp.`.
 
-transformers 5.23 pairs codes with scales expert by expert while loading, so a stacked quantised tensor would be refused
-there. Quantised checkpoints in its layout therefore have `mlp.experts.{e}.w1.weight` and so on ("transformers-per-expert").
+transformers 5.23 pairs codes with scales expert by expert while loading, so a stacked quantised tensor would be
+refused there. Quantised checkpoints in its layout therefore have `mlp.experts.{e}.w1.weight` and so on
+("transformers-per-expert").
 
-For V3.2 "official" is the published per-expert spelling of transformers' names; the names of the official inference code,
-which our state dict has, are read too.
+For V3.2 "official" is the published per-expert spelling of transformers' names; the names of the official inference
+code, which our state dict has, are read too.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ _FEED_FORWARD_TRANSFORMERS = {
 _CANONICAL = {
     "embed_tokens": "embed", "lm_head": "head", "self_attn": "attn", "mlp": "ffn", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "q_a_proj": "wq_a", "q_a_norm": "q_norm", "q_a_layernorm": "q_norm",
-    "q_b_proj": "wq_b", "kv_proj": "wkv", "kv_a_proj_with_mqa": "wkv_a", "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b",
+    "q_b_proj": "wq_b", "kv_proj": "wkv", "kv_a_proj_with_mqa": "wkv_a", "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "wkv_b",
     "o_a_proj": "wo_a", "o_b_proj": "wo_b", "o_proj": "wo", "sinks": "attn_sink", "position_bias": "ape",
     "e_score_correction_bias": "bias", "up_proj": "w3", "down_proj": "w2", "weight_scale_inv": "scale",
 }  # fmt: skip
@@ -112,8 +115,8 @@ class Location:
 def canonical(name: str) -> str:
     """The official name of a checkpoint's tensor in any spelling, or a mixture; official names are returned unchanged.
 
-    Stacked experts, which have no official name, become `layers.i.ffn.experts.gate_up_proj` (and `..._scale`). A name of
-    no known tensor comes back changed or not, and then simply matches nothing.
+    Stacked experts, which have no official name, become `layers.i.ffn.experts.gate_up_proj` (and `..._scale`). A name
+    of no known tensor comes back changed or not, and then simply matches nothing.
     """
     parts = name.removeprefix("model.").split(".")
     in_compressor = "compressor" in parts
@@ -208,7 +211,11 @@ def _per_expert(name: str, expert: int | None) -> Location:
 
 
 def _transformers(parameter: str, expert: int | None, is_mla: bool) -> Location:
-    top = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight", "norm.weight": "model.norm.weight"}
+    top = {
+        "embed.weight": "model.embed_tokens.weight",
+        "head.weight": "lm_head.weight",
+        "norm.weight": "model.norm.weight",
+    }
     if parameter in top:
         return Location(top[parameter], top[parameter] + "_scale_inv")
     if parameter.startswith("collapse."):

@@ -4,8 +4,9 @@
         for stored in checkpoint.match(config):           every problem of the checkpoint is raised here, by name
             weight = checkpoint.read(stored)              float values, FP8 and FP4 decoded exactly
 
-A checkpoint is a directory with `model.safetensors`, or shards with `model.safetensors.index.json`, or any `*.safetensors`
-files. The file format: 8 bytes header length, little endian; a JSON header {name: dtype, shape, data_offsets}; the data.
+A checkpoint is a directory with `model.safetensors`, or shards with `model.safetensors.index.json`, or any
+`*.safetensors` files. The file format: 8 bytes header length, little endian; a JSON header {name: dtype, shape,
+data_offsets}; the data.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Checkpoint(AbstractContextManager):
         """Read and check all headers; no weight is touched.
 
         Raises:
-            CheckpointError: no weights here, a file is missing, cut off or damaged, or the index and the files disagree.
+            CheckpointError: no weights here, a file is missing, cut off or damaged, or the index and the files
+            disagree.
         """
         directory = Path(directory)
         indexed = read_index(directory)
@@ -127,14 +129,14 @@ class Checkpoint(AbstractContextManager):
             stored = self._match_unit(unit, location, wrong, missing)
             if stored is not None:
                 found.append(stored)
-        unexpected = [name for name in self.tensors if name not in used and not name.startswith(ignored_prefixes or "\0")]
+        unexpected = [
+            name for name in self.tensors if name not in used and not name.startswith(ignored_prefixes or "\0")
+        ]
         problems = [
             _listed("missing", missing), _listed("unexpected", unexpected), _listed("of another shape or dtype", wrong),
         ]  # fmt: skip
         if any(problems):
-            raise CheckpointError(
-                f"{self.directory} does not fit its config.json: {'; '.join(filter(None, problems))}"
-            )
+            raise CheckpointError(f"{self.directory} does not fit its config.json: {'; '.join(filter(None, problems))}")
         return found
 
     def _canonical_names(self) -> dict[str, str]:
@@ -170,7 +172,9 @@ class Checkpoint(AbstractContextManager):
                 return None
             expected = _in_stack(scale_shape, location, unit)
             if scales.shape != expected or scales.dtype not in ("F8_E8M0", "U8", "F32"):
-                wrong.append(f"{scales.name} is {scales.dtype} {list(scales.shape)}, should be F8_E8M0 {list(expected)}")
+                wrong.append(
+                    f"{scales.name} is {scales.dtype} {list(scales.shape)}, should be F8_E8M0 {list(expected)}"
+                )
                 return None
         elif scales is not None:
             wrong.append(f"{scales.name} scales a {spec.dtype} tensor")
@@ -283,7 +287,9 @@ def read_header(file: Path) -> Iterator[TensorSpec]:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
-                raise CheckpointError(f"{file} is cut off or no safetensors file: its header does not fit in {size} bytes")
+                raise CheckpointError(
+                    f"{file} is cut off or no safetensors file: its header does not fit in {size} bytes"
+                )
             header = json.loads(handle.read(length).decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None

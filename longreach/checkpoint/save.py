@@ -21,7 +21,7 @@ from longreach.checkpoint.table import Encoding, encoding_of, tensor_table, unit
 from longreach.checkpoint.writer import MAX_SHARD_BYTES, SAFETENSORS_DTYPE, CheckpointWriter
 from longreach.errors import CheckpointError
 from longreach.model.config import ModelConfig
-from longreach.model.config_io import official_config_dict, transformers_config_dict
+from longreach.model.config_write import official_config_dict, transformers_config_dict
 from longreach.ops.quant import fp4_weight_encode, fp8_weight_encode
 
 if TYPE_CHECKING:

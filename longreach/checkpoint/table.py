@@ -2,8 +2,8 @@
 
     tensor_table(ModelConfig.preset("flash"), "official")      69,187 tensors, 159,609,485,896 bytes
 
-Saving plans its shards with it, `inspect --against` checks headers with it, and the two totals above, which are those of
-the published index, certify it.
+Saving plans its shards with it, `inspect --against` checks headers with it, and the two totals above, which are those
+of the published index, certify it.
 """
 
 from __future__ import annotations

@@ -77,9 +77,7 @@ class CheckpointWriter(AbstractContextManager):
             self.destination.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.destination.parent).free
             if free < self.nbytes:
-                raise CheckpointError(
-                    f"{self.destination} needs {self.nbytes:,} bytes but its disk has {free:,} free"
-                )
+                raise CheckpointError(f"{self.destination} needs {self.nbytes:,} bytes but its disk has {free:,} free")
             self._temporary = Path(
                 tempfile.mkdtemp(dir=self.destination.parent, prefix=f".{self.destination.name}.", suffix=".partial")
             )

@@ -1,4 +1,4 @@
-"""Reading and writing `config.json`: four published layouts in, two out.
+"""Reading `config.json` in four published layouts. `config_write` writes two of them.
 
 | layout                   | recognised by                       | written by                |
 | published V4             | hidden_size, compress_ratios        | `official_config_dict`    |
@@ -6,17 +6,17 @@
 | official inference code  | dim, n_layers                       | -                         |
 | V3.2, either spelling    | model_type "deepseek_v32"           | both, for attention="mla" |
 
-Every key is accounted for: taken into a field, checked because only one value is legal, or known to change nothing. Any
-other key is refused with the nearest known one, because a key that is silently dropped is a model that is silently wrong.
-What the published layouts cannot say (the switches, the arithmetic, ...) travels in a sub-dict named "longreach", so
-`read_config` of a written file gives back an equal config.
+Every key is accounted for: taken into a field, checked because only one value is legal, or known to change nothing.
+Any other key is refused with the nearest known one, because a key that is silently dropped is a model that is
+silently wrong. What the published layouts cannot say (the switches, the arithmetic, ...) travels in a sub-dict named
+"longreach", so `read_config` of a written file gives back an equal config.
 
 Two choices the files leave open:
-- `numerics`: the published layouts mean the released arithmetic, "official"; a file in transformers' own layout means what
-  transformers computes, "transformers", unless its "longreach" part says otherwise.
-- MTP: transformers keeps `num_nextn_predict_layers` (and our "longreach" part) although it saves no MTP tensors. So in its
-  layout there is an MTP block exactly if the weights beside the file hold `mtp.` tensors; of a file without weights
-  beside it, one with a "longreach" part is believed and any other has none.
+- `numerics`: the published layouts mean the released arithmetic, "official"; a file in transformers' own layout means
+  what transformers computes, "transformers", unless its "longreach" part says otherwise.
+- MTP: transformers keeps `num_nextn_predict_layers` (and our "longreach" part) although it saves no MTP tensors. So
+  in its layout there is an MTP block exactly if the weights beside the file hold `mtp.` tensors; of a file without
+  weights beside it, one with a "longreach" part is believed and any other has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,20 @@ WEIGHT_TILE = [128, 128]
 
 # Our field and the published key are one name.
 V4_FIELDS = (
-    "vocab_size hidden_size num_hidden_layers max_position_embeddings bos_token_id eos_token_id rms_norm_eps "
-    "initializer_range num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_groups o_lora_rank sliding_window "
-    "index_n_heads index_head_dim index_topk rope_theta compress_rope_theta n_routed_experts n_shared_experts "
-    "num_experts_per_tok moe_intermediate_size routed_scaling_factor scoring_func num_hash_layers swiglu_limit hc_mult "
-    "hc_sinkhorn_iters hc_eps num_nextn_predict_layers"
-).split()
+    "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "bos_token_id", "eos_token_id",
+    "rms_norm_eps", "initializer_range", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank",
+    "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk", "rope_theta",
+    "compress_rope_theta", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "routed_scaling_factor", "scoring_func", "num_hash_layers", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters",
+    "hc_eps", "num_nextn_predict_layers",
+)  # fmt: skip
 V32_FIELDS = (
-    "vocab_size hidden_size num_hidden_layers max_position_embeddings bos_token_id eos_token_id rms_norm_eps "
-    "initializer_range num_attention_heads qk_rope_head_dim q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim "
-    "index_n_heads index_head_dim index_topk n_routed_experts n_shared_experts num_experts_per_tok "
-    "moe_intermediate_size intermediate_size routed_scaling_factor n_group topk_group first_k_dense_replace"
-).split()
+    "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "bos_token_id", "eos_token_id",
+    "rms_norm_eps", "initializer_range", "num_attention_heads", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank",
+    "qk_nope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim", "index_topk", "n_routed_experts",
+    "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "intermediate_size", "routed_scaling_factor",
+    "n_group", "topk_group", "first_k_dense_replace",
+)  # fmt: skip
 INFERENCE_FIELDS = {
     "vocab_size": "vocab_size", "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
     "head_dim": "head_dim", "qk_rope_head_dim": "rope_head_dim", "q_lora_rank": "q_lora_rank", "o_groups": "o_groups",
@@ -61,39 +63,37 @@ INFERENCE_FIELDS = {
     "num_nextn_predict_layers": "n_mtp_layers", "rms_norm_eps": "norm_eps",
 }  # fmt: skip
 
-# Left out, these have one value everybody uses. The architecture itself has no defaults: the official dataclass's are not
-# the released values, so a file without them would load as some other model.
+# Left out, these have one value everybody uses. The architecture itself has no defaults: the official dataclass's are
+# not the released values, so a file without them would load as some other model.
 OPTIONAL = {
     "max_position_embeddings", "bos_token_id", "eos_token_id", "rms_norm_eps", "initializer_range", "hc_eps", "hc_mult",
     "hc_sinkhorn_iters", "n_shared_experts", "scoring_func", "num_hash_layers", "num_nextn_predict_layers",
 }  # fmt: skip
 
 HARMLESS = (
-    "use_cache torch_dtype dtype transformers_version architectures pad_token_id _name_or_path auto_map return_dict "
-    "output_attentions output_hidden_states output_router_logits router_aux_loss_coef router_jitter_noise "
-    "aux_loss_alpha seq_aux is_encoder_decoder id2label label2id problem_type chunk_size_feed_forward ep_size"
-).split()
+    "use_cache", "torch_dtype", "dtype", "transformers_version", "architectures", "pad_token_id", "_name_or_path",
+    "auto_map", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "is_encoder_decoder", "id2label",
+    "label2id", "problem_type", "chunk_size_feed_forward", "ep_size",
+)  # fmt: skip
 ONE_LEGAL_VALUE: dict[str, Any] = {
     "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "norm_topk_prob": True, "topk_method": "noaux_tc",
     "tie_word_embeddings": False, "attention_dropout": 0.0, "moe_layer_freq": 1, "pretraining_tp": 1,
 }  # fmt: skip
 
-_KIND_TO_LAYER_TYPE = {
+KIND_TO_LAYER_TYPE = {
     "sliding": "sliding_attention",
     "csa": "compressed_sparse_attention",
     "hca": "heavily_compressed_attention",
 }
-_LAYER_TYPE_TO_KIND = {layer_type: kind for kind, layer_type in _KIND_TO_LAYER_TYPE.items()}
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.default is not dataclasses.MISSING}
-_YARN_FIELDS = {
+_LAYER_TYPE_TO_KIND = {layer_type: kind for kind, layer_type in KIND_TO_LAYER_TYPE.items()}
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.default is not dataclasses.MISSING}
+YARN_FIELDS = {
     "rope_factor": "factor",
     "rope_original_length": "original_max_position_embeddings",
     "rope_beta_fast": "beta_fast",
     "rope_beta_slow": "beta_slow",
 }
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------
 
 
 def model_directory(path: str | Path) -> Path:
@@ -115,9 +115,7 @@ def read_config(path: str | Path) -> ModelConfig:
     return config_from_dict(_read_json(path), str(path), weights_directory=path.parent)
 
 
-def config_from_dict(
-    raw: dict[str, Any], source: str = "config", weights_directory: Path | None = None
-) -> ModelConfig:
+def config_from_dict(raw: dict[str, Any], source: str = "config", weights_directory: Path | None = None) -> ModelConfig:
     """`read_config` of an object already parsed; `source` names it in errors.
 
     `weights_directory` is where a transformers layout's MTP tensors are looked for.
@@ -140,7 +138,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path} does not exist; give a config.json, a checkpoint directory or a run directory") from None
+        raise ConfigError(
+            f"{path} does not exist; give a config.json, a checkpoint directory or a run directory"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -197,15 +197,15 @@ class _Keys:
                 raise ConfigError(f"{self.source}: unknown key {self.prefix + name!r}{hint}")
 
 
-def _take_fields(keys: _Keys, names: list[str]) -> dict[str, Any]:
+def _take_fields(keys: _Keys, names: Iterable[str]) -> dict[str, Any]:
     fields = {}
     for name in names:
-        value = keys.take(name, _DEFAULTS[name] if name in OPTIONAL else _REQUIRED)
+        value = keys.take(name, DEFAULTS[name] if name in OPTIONAL else _REQUIRED)
         fields[name] = value
     return fields
 
 
-def _finish(keys: _Keys, fields: dict[str, Any], expressible: list[str]) -> dict[str, Any]:
+def _finish(keys: _Keys, fields: dict[str, Any], expressible: Iterable[str]) -> dict[str, Any]:
     """Check what every layout shares, add the "longreach" part, refuse the rest."""
     for name, legal in ONE_LEGAL_VALUE.items():
         keys.expect(name, legal)
@@ -232,7 +232,10 @@ def _read_v4(keys: _Keys, weights_directory: Path | None) -> dict[str, Any]:
     layer_types = keys.take("layer_types", None)
     mlp_layer_types = keys.take("mlp_layer_types", None)
     if mlp_layer_types is not None and "num_hash_layers" not in keys.raw:
-        keys.raw = {**keys.raw, "num_hash_layers": _leading(keys, "mlp_layer_types", mlp_layer_types, "hash_moe", "moe")}
+        keys.raw = {
+            **keys.raw,
+            "num_hash_layers": _leading(keys, "mlp_layer_types", mlp_layer_types, "hash_moe", "moe"),
+        }
     fields = _take_fields(keys, V4_FIELDS)
     if rope is not None:
         fields |= thetas
@@ -289,8 +292,8 @@ def _read_layer_types(keys: _Keys, layer_types: Any, num_layers: int) -> tuple[l
         rates = _Keys({}, keys.source, "compress_rates.")
     ratio_of = {
         "sliding": 0,
-        "csa": rates.take(_KIND_TO_LAYER_TYPE["csa"], _DEFAULTS["csa_ratio"]),
-        "hca": rates.take(_KIND_TO_LAYER_TYPE["hca"], 128),
+        "csa": rates.take(KIND_TO_LAYER_TYPE["csa"], DEFAULTS["csa_ratio"]),
+        "hca": rates.take(KIND_TO_LAYER_TYPE["hca"], 128),
     }
     rates.finish()
     if not isinstance(layer_types, list) or set(map(str, layer_types)) - set(_LAYER_TYPE_TO_KIND):
@@ -336,8 +339,8 @@ def _read_yarn(yarn: _Keys, allow_mscale: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{yarn.source}: {yarn.prefix}rope_type={rope_type!r} must be 'yarn' or 'default'")
     fields: dict[str, Any] = {}
     if rope_type == "yarn":
-        for ours, theirs in _YARN_FIELDS.items():
-            fields[ours] = yarn.take(theirs, _DEFAULTS[ours] if "beta" in theirs else _REQUIRED)
+        for ours, theirs in YARN_FIELDS.items():
+            fields[ours] = yarn.take(theirs, DEFAULTS[ours] if "beta" in theirs else _REQUIRED)
     yarn.expect("truncate", True)
     yarn.expect("attention_factor", 1.0)
     if allow_mscale and rope_type == "yarn":
@@ -353,7 +356,8 @@ def _read_mscale(yarn: _Keys) -> dict[str, Any]:
     if mscale != mscale_all_dim or mscale is None:
         # Unequal, YaRN would also scale cos and sin; the official V3.2 code never does.
         raise ConfigError(
-            f"{yarn.source}: {yarn.prefix}mscale={mscale} and mscale_all_dim={mscale_all_dim} must both be given and equal"
+            f"{yarn.source}: {yarn.prefix}mscale={mscale} and mscale_all_dim={mscale_all_dim} must both be given "
+            "and equal"
         )
     return {"rope_mscale_all_dim": mscale_all_dim}
 
@@ -394,7 +398,7 @@ def _read_v32(keys: _Keys) -> dict[str, Any]:
     keys.expect("num_key_value_heads", fields["num_attention_heads"])
     keys.expect("layer_types", ["indexed_attention"] * fields["num_hidden_layers"])
     if (rope := keys.part("rope_parameters")) is not None:
-        fields["rope_theta"] = rope.take("rope_theta", _DEFAULTS["rope_theta"])
+        fields["rope_theta"] = rope.take("rope_theta", DEFAULTS["rope_theta"])
         rope.ignore("partial_rotary_factor")
         fields |= _read_yarn(rope, allow_mscale=True)
         keys.expect("rope_theta", fields["rope_theta"])
@@ -411,20 +415,22 @@ def _read_inference(keys: _Keys) -> dict[str, Any]:
     for ours, theirs in INFERENCE_FIELDS.items():
         if ours == "num_nextn_predict_layers":
             continue
-        fields[ours] = keys.take(theirs, _DEFAULTS[ours] if ours in OPTIONAL else _REQUIRED)
+        fields[ours] = keys.take(theirs, DEFAULTS[ours] if ours in OPTIONAL else _REQUIRED)
     ratios = _whole_numbers(keys, "compress_ratios", fields["compress_ratios"])
     # The released file may leave n_mtp_layers out; the schedule has one entry per block, MTP included.
     fields["num_nextn_predict_layers"] = keys.take("n_mtp_layers", max(len(ratios) - fields["num_hidden_layers"], 0))
     if fields["rope_original_length"] == 0:  # the official spelling of "no YaRN"
         fields["rope_factor"] = 1.0
-        fields["rope_original_length"] = _DEFAULTS["rope_original_length"]
+        fields["rope_original_length"] = DEFAULTS["rope_original_length"]
     keys.ignore("max_batch_size", "max_seq_len", "temperature")
     keys.expect("scale_fmt", "ue8m0")
     keys.expect("scale_dtype", "fp8")
     linear_dtype, expert_dtype = keys.take("dtype", "fp8"), keys.take("expert_dtype", None)
     formats = {("bf16", None): "plain", ("fp8", None): "fp8", ("fp8", "fp8"): "fp8", ("fp8", "fp4"): "fp8-fp4"}
     if (linear_dtype, expert_dtype) not in formats:
-        raise ConfigError(f"{keys.source}: dtype={linear_dtype!r} with expert_dtype={expert_dtype!r} is no released format")
+        raise ConfigError(
+            f"{keys.source}: dtype={linear_dtype!r} with expert_dtype={expert_dtype!r} is no released format"
+        )
     fields["weight_format"] = formats[linear_dtype, expert_dtype]
     return _finish(keys, fields, [*INFERENCE_FIELDS, "weight_format"])
 
@@ -446,191 +452,3 @@ def _stores_mtp(directory: Path) -> bool | None:
     except (OSError, ValueError, KeyError, OverflowError, MemoryError):
         return None
     return any(name.removeprefix("model.").startswith("mtp.") for name in names)
-
-
-# ---- writing ------------------------------------------------------------------------------------------------------
-
-
-def official_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The published `config.json` of a model.
-
-    Args:
-        config: any config. What the published layout cannot say goes into its "longreach" part.
-        dtype: name of the torch dtype of the unquantised weights.
-    """
-    if config.attention == "mla":
-        written = _v32_dict(config)
-        written["rope_theta"] = config.rope_theta
-        if config.rope_factor != 1:
-            written["rope_scaling"] = {"type": "yarn", **_yarn_dict(config), **_mscale_dict(config)}
-        written |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-        numerics = "official"
-        expressed = _v32_expressed(config)
-    else:
-        written = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
-        written |= {name: getattr(config, name) for name in V4_FIELDS}
-        written["compress_ratios"] = list(config.compress_ratios)
-        if config.rope_factor != 1:
-            written["rope_scaling"] = {"type": "yarn", **_yarn_dict(config)}
-        written |= {"num_key_value_heads": 1, "topk_method": "noaux_tc"}
-        numerics = "official"
-        expressed = {*V4_FIELDS, "compress_ratios", "weight_format"} | _yarn_expressed(config)
-    written |= _shared_dict(config)
-    written["torch_dtype"] = dtype
-    return written | _own_part(config, expressed, numerics)
-
-
-def transformers_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The `config.json` with which transformers builds the same model.
-
-    layer_types and compress_rates are always given: transformers' default schedule is not the released one.
-
-    Raises:
-        ConfigError: transformers cannot build this model: one of the switches is thrown, HCA layers have different
-            ratios (it knows one per model), or SwiGLU is not clamped.
-    """
-    if config.attention == "mla":
-        written = _v32_dict(config)
-        written["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rope_factor != 1:
-            written["rope_parameters"] |= {"rope_type": "yarn", **_yarn_dict(config), **_mscale_dict(config)}
-        layers = range(config.num_hidden_layers)
-        written["mlp_layer_types"] = ["dense" if config.is_dense_ffn(i) else "sparse" for i in layers]
-        written["layer_types"] = ["indexed_attention"] * config.num_hidden_layers
-        written |= _shared_dict(config)
-        written["dtype"] = dtype
-        return written | _own_part(config, _v32_expressed(config), "official")
-
-    hca_ratio = _check_transformers_can(config)
-    kinds = [config.layer_kind(i) for i in range(config.num_hidden_layers)]
-    rotary = _partial_rotary_factor(config)
-    written = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
-    written |= {name: getattr(config, name) for name in V4_FIELDS}
-    written |= {
-        "layer_types": [_KIND_TO_LAYER_TYPE[kind] for kind in kinds],
-        "compress_rates": {
-            _KIND_TO_LAYER_TYPE["csa"]: config.csa_ratio,
-            _KIND_TO_LAYER_TYPE["hca"]: hca_ratio,
-        },
-        "mlp_layer_types": ["hash_moe" if config.is_hash_layer(i) else "moe" for i in range(config.num_hidden_layers)],
-        "num_key_value_heads": 1,
-        "partial_rotary_factor": rotary,
-        "rope_parameters": {
-            "main": {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": rotary},
-            "compress": {
-                "rope_type": "default",
-                "rope_theta": config.compress_rope_theta,
-                "partial_rotary_factor": rotary,
-            },
-        },
-        "mlp_bias": False,
-    }
-    if config.rope_factor != 1:
-        # The factor on cos and sin is 1 in V4; left out, transformers would derive another from the YaRN factor.
-        written["rope_parameters"]["compress"] |= {"rope_type": "yarn", "attention_factor": 1.0, **_yarn_dict(config)}
-    del written["num_hash_layers"]
-    written |= _shared_dict(config)
-    written["dtype"] = dtype
-    expressed = {*V4_FIELDS, "compress_ratios", "csa_ratio", "weight_format"} | _yarn_expressed(config)
-    # Always present here: it tells the reader to believe num_nextn_predict_layers.
-    return written | {"longreach": {"numerics": config.numerics, **_own_fields(config, expressed)}}
-
-
-def _check_transformers_can(config: ModelConfig) -> int:
-    """Raise unless transformers' DeepseekV4 can be this model; return its one HCA ratio."""
-    for name, only in (("attention", "hybrid"), ("residual", "mhc"), ("feed_forward", "moe")):
-        if getattr(config, name) != only:
-            raise ConfigError(
-                f"transformers has no {name}={getattr(config, name)!r}, only {only!r}; write the official layout instead"
-            )
-    layers = range(config.num_hidden_layers)
-    hca = sorted({config.compress_ratios[i] for i in layers if config.layer_kind(i) == "hca"})
-    if len(hca) > 1:
-        raise ConfigError(
-            f"transformers knows one HCA ratio per model, this one has {hca}; write the official layout instead"
-        )
-    if config.num_nextn_predict_layers and config.compress_ratios[-1] != 0:
-        raise ConfigError(
-            f"the transformers layout cannot say that the MTP block compresses (ratio {config.compress_ratios[-1]}); "
-            "write the official layout instead"
-        )
-    if config.swiglu_limit == 0:
-        raise ConfigError("transformers always clamps SwiGLU, this model has swiglu_limit=0; write the official layout")
-    for name, only in (("n_group", 1), ("first_k_dense_replace", 0)):
-        if getattr(config, name) != only:
-            raise ConfigError(
-                f"transformers' DeepseekV4 has no {name}={getattr(config, name)}; write the official layout instead"
-            )
-    return hca[0] if hca else 128
-
-
-def _partial_rotary_factor(config: ModelConfig) -> float:
-    """The factor f with int(head_dim * f) == qk_rope_head_dim, which is how transformers uses it."""
-    factor = config.qk_rope_head_dim / config.head_dim
-    while int(config.head_dim * factor) < config.qk_rope_head_dim:
-        factor = math.nextafter(factor, math.inf)
-    return factor
-
-
-def _v32_dict(config: ModelConfig) -> dict[str, Any]:
-    written = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
-    written |= {name: getattr(config, name) for name in V32_FIELDS}
-    return written | {"num_key_value_heads": config.num_attention_heads}
-
-
-def _v32_expressed(config: ModelConfig) -> set[str]:
-    """What a V3.2 file says of this config; the rest must match what its reader assumes, or be written."""
-    expressed = {*V32_FIELDS, "attention", "rope_theta", "weight_format"} | _yarn_expressed(config)
-    if config.rope_factor != 1:
-        expressed.add("rope_mscale_all_dim")
-    assumed = {
-        "residual": "plain",
-        "swiglu_limit": 0.0,
-        "scoring_func": "sigmoid",
-        "head_dim": config.qk_nope_head_dim + config.qk_rope_head_dim,
-    }
-    return expressed | {name for name, value in assumed.items() if getattr(config, name) == value}
-
-
-def _yarn_dict(config: ModelConfig) -> dict[str, Any]:
-    return {theirs: getattr(config, ours) for ours, theirs in _YARN_FIELDS.items()}
-
-
-def _mscale_dict(config: ModelConfig) -> dict[str, Any]:
-    return {"mscale": config.rope_mscale_all_dim, "mscale_all_dim": config.rope_mscale_all_dim}
-
-
-def _yarn_expressed(config: ModelConfig) -> set[str]:
-    """Without YaRN there is no object to hold its parameters, so unusual ones travel in the "longreach" part."""
-    return set(_YARN_FIELDS) if config.rope_factor != 1 else {"rope_factor"}
-
-
-def _shared_dict(config: ModelConfig) -> dict[str, Any]:
-    written: dict[str, Any] = {
-        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "norm_topk_prob": True,
-        "tie_word_embeddings": False, "use_cache": True,
-    }  # fmt: skip
-    if config.weight_format != "plain":
-        written["quantization_config"] = {
-            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
-            "weight_block_size": WEIGHT_TILE,
-        }  # fmt: skip
-    if config.weight_format == "fp8-fp4":
-        written["expert_dtype"] = "fp4"
-    return written
-
-
-def _own_fields(config: ModelConfig, expressed: set[str]) -> dict[str, Any]:
-    own = {}
-    for name, default in _DEFAULTS.items():
-        if name not in expressed and name != "numerics" and (value := getattr(config, name)) != default:
-            own[name] = list(value) if isinstance(value, tuple) else value
-    return own
-
-
-def _own_part(config: ModelConfig, expressed: set[str], numerics: str) -> dict[str, Any]:
-    """The "longreach" part, left out when the layout says it all (the released configs)."""
-    own = _own_fields(config, expressed)
-    if config.numerics != numerics:
-        own["numerics"] = config.numerics
-    return {"longreach": own} if own else {}

@@ -3,9 +3,10 @@
     count_parameters(ModelConfig.preset("flash")).total        284,332,240,471 (MTP: 6,610,048,891 more)
     count_parameters(ModelConfig.preset("flash")).active       13,270,101,591
 
-Counted as the published totals are: every float tensor of the checkpoint, the router's correction biases included, the
-integer table of the hash-routed layers (`tid2eid`) not. "Active" leaves out the embedding table, of which a token reads one
-row, and takes `num_experts_per_tok` of the routed experts. Each total above equals the published one to the parameter.
+Counted as the published totals are: every float tensor of the checkpoint, the router's correction biases included,
+the integer table of the hash-routed layers (`tid2eid`) not. "Active" leaves out the embedding table, of which a token
+reads one row, and takes `num_experts_per_tok` of the routed experts. Each total above equals the published one to the
+parameter.
 """
 
 from __future__ import annotations

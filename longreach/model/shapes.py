@@ -2,10 +2,10 @@
 
     for p in parameter_shapes(ModelConfig.preset("pro")): print(p.name, p.shape)
 
-The names are those of `Transformer.state_dict()`, in no-surprise order: embedding, layers, head, MTP. Counting parameters,
-checking a checkpoint's headers and writing one all start here, so they cannot disagree; that the model really has these
-tensors is a test (tests/test_checkpoint.py).
-Source: architecture of DeepSeek-V4, tensor table of the released checkpoints (69,187 tensors for Flash).
+The names are those of `Transformer.state_dict()`, in no-surprise order: embedding, layers, head, MTP. Counting
+parameters, checking a checkpoint's headers and writing one all start here, so they cannot disagree; that the model
+really has these tensors is a test (tests/test_checkpoint.py). Source: architecture of DeepSeek-V4, tensor table of
+the released checkpoints (69,187 tensors for Flash).
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ def parameter_shapes(config: ModelConfig) -> list[ParameterShape]:
         prefix = f"mtp.{depth}."
         shapes += _block(config, config.num_hidden_layers + depth, prefix, is_mtp=True)
         shapes += [
-            ParameterShape(f"{prefix}{name}.weight", (D, D), "attention", "linear", True) for name in ("e_proj", "h_proj")
+            ParameterShape(f"{prefix}{name}.weight", (D, D), "attention", "linear", True)
+            for name in ("e_proj", "h_proj")
         ]
         shapes += [
-            ParameterShape(f"{prefix}{name}.weight", (D,), "norms", "float", True) for name in ("enorm", "hnorm", "norm")
+            ParameterShape(f"{prefix}{name}.weight", (D,), "norms", "float", True)
+            for name in ("enorm", "hnorm", "norm")
         ]
         shapes += _collapse(config, f"{prefix}collapse.", is_mtp=True)
     return shapes

@@ -11,13 +11,14 @@
 | FP8 weight                    | E4M3   | 128x128     | 448   | none     |
 | FP4 weight                    | E2M1   | 32 inputs   | 6     | none     |
 
-E4M3 is `torch.float8_e4m3fn`; E2M1 is the eight magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign, two codes per byte, low
-nibble first. Because scales are powers of two, dividing by them and multiplying back is exact: all error is in the code.
-A block that holds an infinity or a NaN decodes to NaN throughout, never to a plausible number.
+E4M3 is `torch.float8_e4m3fn`; E2M1 is the eight magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign, two codes per byte,
+low nibble first. Because scales are powers of two, dividing by them and multiplying back is exact: all error is in
+the code. A block that holds an infinity or a NaN decodes to NaN throughout, never to a plausible number.
 
-`*_roundtrip` is what the model computes with, `*_quantize` / `*_dequantize` and `pack_*` / `unpack_*` what it stores; the
-two agree to the bit (tests/test_quant.py), so a cache kept in bytes gives the same logits as one kept in floats.
-Source: released inference code (kernel file); technical report arXiv 2606.19348, sections on FP4 training and KV storage.
+`*_roundtrip` is what the model computes with, `*_quantize` / `*_dequantize` and `pack_*` / `unpack_*` what it stores;
+the two agree to the bit (tests/test_quant.py), so a cache kept in bytes gives the same logits as one kept in floats.
+Source: released inference code (kernel file); technical report arXiv 2606.19348, sections on FP4 training and KV
+storage.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ _E8M0_NAN = 255
 def ceil_pow2_scale(amax: Tensor, limit: float) -> Tensor:
     """Smallest power of two not below `amax * float32(1 / limit)`, as its E8M0 byte.
 
-    The product is rounded in float32, as the released kernel does, and its logarithm is then read exactly from the float's
-    bits. For the limits 448 and 6 the rounding never moves a product across a power of two, so this is the exact rule.
+    The product is rounded in float32, as the released kernel does, and its logarithm is then read exactly from the
+    float's bits. For the limits 448 and 6 the rounding never moves a product across a power of two, so this is the
+    exact rule.
 
     Args:
         amax: positive block maxima, any float dtype.
@@ -109,11 +111,11 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: the rounded value. Backward: the gradient unchanged, as if nothing had been rounded."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rounded: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, rounded: Tensor) -> Tensor:
         return rounded
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, *grads: Tensor):
         return grads[0], None
 
 
@@ -275,8 +277,8 @@ def index_key_nbytes(dim: int) -> int:
 def pack_kv_entry(x: Tensor, rope_dim: int) -> Tensor:
     """A KV entry as the released cache stores it.
 
-    Byte layout: the position-free channels as E4M3 (one byte each, blocks of 64), the `rope_dim` rotary channels as BF16
-    (little endian), one E8M0 scale per block, zeros up to a multiple of 8 scale bytes.
+    Byte layout: the position-free channels as E4M3 (one byte each, blocks of 64), the `rope_dim` rotary channels as
+    BF16 (little endian), one E8M0 scale per block, zeros up to a multiple of 8 scale bytes.
 
     Args:
         x: [..., nope + rope_dim], any float dtype, rotary channels last.
@@ -362,9 +364,7 @@ def fp8_weight_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = weight.shape[-2:]
     grid = -(-rows // WEIGHT_TILE), -(-columns // WEIGHT_TILE)
-    padded = F.pad(
-        weight.detach().float(), (0, grid[1] * WEIGHT_TILE - columns, 0, grid[0] * WEIGHT_TILE - rows)
-    )
+    padded = F.pad(weight.detach().float(), (0, grid[1] * WEIGHT_TILE - columns, 0, grid[0] * WEIGHT_TILE - rows))
     tiles = padded.unflatten(-1, (grid[1], WEIGHT_TILE)).unflatten(-3, (grid[0], WEIGHT_TILE))
     scale = _fitting_scale(tiles.abs().amax(dim=(-3, -1)), E4M3_MAX)
     return (weight.detach().float() / _per_tile(scale, rows, columns)).to(torch.float8_e4m3fn), scale
