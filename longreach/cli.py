@@ -4,8 +4,8 @@
     longreach pretrain --help     one verb's options
     longreach bench model         a verb with a second word
 
-A verb is a module with a frozen dataclass of options and a function taking it; tyro turns the dataclass into options and
-help text, so each option is declared once. What a user or a file got wrong (`LongreachError`) becomes one line on
+A verb is a module with a frozen dataclass of options and a function taking it; tyro turns the dataclass into options
+and help text, so each option is declared once. What a user or a file got wrong (`LongreachError`) becomes one line on
 stderr and exit code 2, never a traceback.
 """
 
@@ -52,6 +52,9 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # OpenMP threads that wait by spinning stop each other when another process takes a core: a training step on two cores
+    # beside one busy process went from 0.45 s to 4 s, with short spins it stays at 0.5 s. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
@@ -94,7 +97,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _parse(program: str, options_type: type, argv: list[str]) -> Any:
-    """The filled dataclass, or the exit code when there is nothing to run (help was asked for, or an option is wrong)."""
+    """The filled dataclass, or the exit code when there is nothing to run: help was asked for, or an option is wrong."""
     import tyro
 
     said = io.StringIO()

@@ -158,7 +158,7 @@ def main(options: GenerateOptions) -> int:
     tokenizer = Tokenizer.load(directory)
     model = load_model(directory, device=device.value).eval()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    log.info("%s: %s on %s, %s threads", options.model, dtype, device, threads.value)
+    log.info("%s: %s on %s, threads: %s", options.model, dtype, device, threads)
     if not options.json:
         # On stderr, so that stdout is the continuation alone; on a terminal the two read as one text.
         print(prompt, end="", file=sys.stderr, flush=True)

@@ -80,15 +80,26 @@ def choose_dtype(requested: str, device: torch.device, training: bool = False) -
 
 
 def set_threads(requested: int | None) -> Choice:
-    """Use `requested` CPU threads, or leave torch's choice. Returns the number in use."""
+    """Use `requested` CPU threads, or one per core that other processes leave free. Returns the number in use.
+
+    A thread without a core of its own makes all others wait for it at every operator, so fewer are faster. Sums are
+    split among threads: the last bits of a result depend on their number.
+
+    Raises:
+        RequestError: fewer than one.
+    """
     import torch
 
     if requested is None:
-        return Choice(torch.get_num_threads(), "one per core")
-    if requested < 1:
+        cores = torch.get_num_threads()
+        taken = round(other_load(0.3) or 0.0) if cores > 1 else 0
+        choice = Choice(max(1, cores - taken), f"other processes use {taken} of {cores}" if taken else "one per core")
+    elif requested < 1:
         raise RequestError(f"--threads {requested}: give 1 or more")
-    torch.set_num_threads(requested)
-    return Choice(requested, "asked for")
+    else:
+        choice = Choice(requested, "asked for")
+    torch.set_num_threads(choice.value)
+    return choice
 
 
 def seed_everything(seed: int) -> None:
@@ -165,27 +176,27 @@ def other_load(seconds: float = 1.0) -> float | None:
     Figures measured while this is far above 0 say little about the program. The calling process, all its threads
     included, does not count.
     """
-    before = _busy_and_own_ticks()
+    before = busy_and_own_seconds()
     if before is None:
         return None
     start = time.perf_counter()
     time.sleep(seconds)
-    after = _busy_and_own_ticks()
+    after = busy_and_own_seconds()
     elapsed = time.perf_counter() - start
     assert after is not None
-    ticks = (after[0] - before[0]) - (after[1] - before[1])
-    return max(0.0, ticks / os.sysconf("SC_CLK_TCK") / elapsed)
+    return max(0.0, ((after[0] - before[0]) - (after[1] - before[1])) / elapsed)
 
 
-def _busy_and_own_ticks() -> tuple[int, int] | None:
-    """CPU ticks since boot spent by everything, and by this process; None without /proc."""
+def busy_and_own_seconds() -> tuple[float, float] | None:
+    """CPU seconds since boot spent by everything, and by this process; None without /proc."""
     try:
         machine = Path("/proc/stat").read_text().split("\n", 1)[0].split()
         own = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     user, nice, system, _idle, _iowait, irq, softirq = map(int, machine[1:8])
-    return user + nice + system + irq + softirq, int(own[11]) + int(own[12])
+    tick = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / tick, (int(own[11]) + int(own[12])) / tick
 
 
 def total_memory_bytes(device: torch.device) -> int | None:

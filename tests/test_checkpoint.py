@@ -200,6 +200,13 @@ def test_names_of_transformers_and_its_mixtures_become_official(theirs, official
     assert canonical(official) == official
 
 
+@pytest.mark.parametrize("name", ["", "model", "indexer", "layers.0.attn.compressor.indexer", "a..b", "norm"])
+def test_a_meaningless_name_is_just_an_unexpected_tensor(name, saved):
+    edit(saved, lambda tensors: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match="1 unexpected"):
+        load_model(saved)
+
+
 def test_one_tensor_under_two_names_is_refused(saved):
     edit(saved, lambda tensors: tensors.update({"model.layers.0.self_attn.sinks": torch.zeros(4)}))
     with pytest.raises(
@@ -251,7 +258,7 @@ def test_a_quantised_model_saved_again_keeps_every_byte_of_its_values(tmp_path):
     assert_same_weights(first, again)
     in_bfloat16 = load_model(tmp_path / "a", dtype=torch.bfloat16)
     assert torch.equal(
-        in_bfloat16.state_dict()["layers.1.attn.wq_b.weight.float"](), first.state_dict()["layers.1.attn.wq_b.weight"]
+        in_bfloat16.state_dict()["layers.1.attn.wq_b.weight"].float(), first.state_dict()["layers.1.attn.wq_b.weight"]
     )
 
 
@@ -537,6 +544,22 @@ def test_many_problems_are_counted_and_the_first_few_named(saved):
         load_model(saved)
 
 
+def test_a_wrong_stacked_tensor_is_named_once(tmp_path, longreach_command):
+    directory = save_model(random_model(SMALL), tmp_path / "m", "transformers")
+
+    def change(tensors):
+        tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 62, 64)
+        del tensors["model.layers.1.mlp.experts.down_proj"]
+
+    edit(directory, change)
+    check_refused(
+        directory,
+        longreach_command,
+        "1 missing (model.layers.1.mlp.experts.down_proj)",
+        "1 of another shape or dtype (model.layers.0.mlp.experts.gate_up_proj is [4, 62, 64], should be [4, 64, 64])",
+    )
+
+
 def test_a_quantised_weight_without_its_scale_is_missing_it(tmp_path, longreach_command):
     directory = save_model(random_model(SMALL), tmp_path / "m", weight_format="fp8")
     edit(directory, lambda tensors: tensors.pop("layers.1.attn.wq_a.scale"))
@@ -710,7 +733,7 @@ def test_a_model_made_by_transformers_alone_loads_with_the_same_logits(tmp_path)
         num_hash_layers=1,
     )  # fmt: skip
     theirs = transformers.DeepseekV4ForCausalLM(config).eval()
-    theirs.model.state_dict()["layers.0.mlp.gate.tid2eid.copy_"](torch.rand(64, 4).argsort(1)[:, :2])
+    theirs.state_dict()["model.layers.0.mlp.gate.tid2eid"].copy_(torch.rand(64, 4).argsort(1)[:, :2])
     theirs.save_pretrained(tmp_path)
     tokens = tokens_of(SMALL, 140)
     torch.testing.assert_close(load_model(tmp_path)(tokens), theirs(tokens).logits, rtol=1e-4, atol=5e-5)

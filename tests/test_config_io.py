@@ -243,6 +243,20 @@ def test_what_transformers_cannot_build_is_not_written_in_its_layout(name, messa
         transformers_config_dict(VARIANTS[name])
 
 
+def test_a_changed_v32_is_written_in_the_official_layout_only():
+    v32 = ModelConfig.preset("v32")
+    for change in (
+        {"swiglu_limit": 10.0},
+        {"scoring_func": "softmax"},
+        {"feed_forward": "dense"},
+        {"num_hash_layers": 2},
+    ):
+        config = v32.replace(**change)
+        assert config_from_dict(official_config_dict(config)) == config
+        with pytest.raises(ConfigError, match=f"DeepseekV32 has no {next(iter(change))}"):
+            transformers_config_dict(config)
+
+
 # ---- transformers itself --------------------------------------------------------------------------------------------
 
 

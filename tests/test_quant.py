@@ -231,6 +231,24 @@ def test_rounding_leaves_its_input_alone():
     assert torch.equal(x, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_gpu_rounds_and_packs_to_the_same_bits_as_a_cpu(dtype):
+    x = (randn(64, 512) * torch.logspace(-6, 6, 64)[:, None]).to(dtype)
+    for function in (
+        lambda x: quant.fp8_roundtrip(x, 64),
+        quant.fp4_roundtrip,
+        quant.hadamard,
+        lambda x: quant.pack_kv_entry(x, 64),
+        lambda x: quant.unpack_kv_entry(quant.pack_kv_entry(x, 64), 448, 64, dtype),
+        quant.pack_index_key,
+        lambda x: quant.fp8_weight_decode(*quant.fp8_weight_encode(x)),
+        lambda x: quant.fp4_weight_decode(*quant.fp4_weight_encode(x)),
+    ):
+        assert torch.equal(function(x.cuda()).cpu(), function(x))
+
+
 # ---- Hadamard -----------------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,8 @@ def _official_indexer(parts: list[str]) -> list[str]:
     at = parts.index("indexer")
     if parts[at - 1] != "compressor":
         return parts
-    own = ["compressor"] if parts[at + 1] in ("wkv", "wgate", "norm", "ape") else []
+    inside = parts[at + 1] if at + 1 < len(parts) else ""
+    own = ["compressor"] if inside in ("wkv", "wgate", "norm", "ape") else []
     return [*parts[: at - 1], "indexer", *own, *parts[at + 1 :]]
 
 

@@ -121,9 +121,7 @@ class Checkpoint(AbstractContextManager):
         for unit in units(config):
             location = find(unit.parameter.name, unit.expert, names)
             if location is None:
-                absent = locate(unit.parameter.name, unit.expert, is_mla, self.layout or "official").name
-                if absent not in missing[-1:]:  # a stacked tensor is missing once
-                    missing.append(absent)
+                missing.append(locate(unit.parameter.name, unit.expert, is_mla, self.layout or "official").name)
                 continue
             used |= {location.name, location.scale_name}
             stored = self._match_unit(unit, location, wrong, missing)
@@ -132,11 +130,11 @@ class Checkpoint(AbstractContextManager):
         unexpected = [
             name for name in self.tensors if name not in used and not name.startswith(ignored_prefixes or "\0")
         ]
-        problems = [
-            _listed("missing", missing), _listed("unexpected", unexpected), _listed("of another shape or dtype", wrong),
-        ]  # fmt: skip
-        if any(problems):
-            raise CheckpointError(f"{self.directory} does not fit its config.json: {'; '.join(filter(None, problems))}")
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": wrong}
+        # Once each: a stacked tensor that is wrong is wrong for every expert in it.
+        problems = [_listed(what, list(dict.fromkeys(names_of))) for what, names_of in kinds.items() if names_of]
+        if problems:
+            raise CheckpointError(f"{self.directory} does not fit its config.json: {'; '.join(problems)}")
         return found
 
     def _canonical_names(self) -> dict[str, str]:
@@ -221,8 +219,6 @@ def _in_stack(shape: tuple[int, ...], location: Location, unit: Unit) -> tuple[i
 
 
 def _listed(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"
 

@@ -133,7 +133,7 @@ class CheckpointWriter(AbstractContextManager):
         try:
             file = self._files[file_name]
             file.seek(offset)
-            file.write(data.numpy())
+            file.write(data.numpy().data)
         except OSError as error:
             raise CheckpointError(f"{self.destination} cannot be written: {error.strerror or error}") from None
 

@@ -3,8 +3,8 @@
     official_config_dict(config)          any model; for the presets `flash` and `pro` the published file key for key
     transformers_config_dict(config)      what transformers can build, refused otherwise
 
-What a layout cannot say goes into its "longreach" part, which other readers pass over. For a model that other readers
-could not build at all, they would be wrong to: that is why only the official layout accepts one.
+What a layout cannot say goes into its "longreach" part. transformers ignores that part, so where ignoring it would make
+another model, its layout is refused instead.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def official_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> dict[s
         if config.rope_factor != 1:
             written["rope_scaling"] = {"type": "yarn", **_yarn_dict(config), **_mscale_dict(config)}
         written |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-        numerics = "official"
-        expressed = _v32_expressed(config)
+        expressed, assumed = _v32_expressed(config), _v32_assumed(config)
     else:
         written = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
         written |= {name: getattr(config, name) for name in V4_FIELDS}
@@ -39,11 +38,10 @@ def official_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> dict[s
         if config.rope_factor != 1:
             written["rope_scaling"] = {"type": "yarn", **_yarn_dict(config)}
         written |= {"num_key_value_heads": 1, "topk_method": "noaux_tc"}
-        numerics = "official"
-        expressed = {*V4_FIELDS, "compress_ratios", "weight_format"} | _yarn_expressed(config)
+        expressed, assumed = {*V4_FIELDS, "compress_ratios", "weight_format"} | _yarn_expressed(config), DEFAULTS
     written |= _shared_dict(config)
     written["torch_dtype"] = dtype
-    return written | _own_part(config, expressed, numerics)
+    return written | _own_part(config, expressed, assumed)
 
 
 def transformers_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -56,6 +54,7 @@ def transformers_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> di
             ratios (it knows one per model), or SwiGLU is not clamped.
     """
     if config.attention == "mla":
+        _check_transformers_can_v32(config)
         written = _v32_dict(config)
         written["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
         if config.rope_factor != 1:
@@ -65,7 +64,7 @@ def transformers_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> di
         written["layer_types"] = ["indexed_attention"] * config.num_hidden_layers
         written |= _shared_dict(config)
         written["dtype"] = dtype
-        return written | _own_part(config, _v32_expressed(config), "official")
+        return written | _own_part(config, _v32_expressed(config), _v32_assumed(config))
 
     hca_ratio = _check_transformers_can(config)
     kinds = [config.layer_kind(i) for i in range(config.num_hidden_layers)]
@@ -99,7 +98,8 @@ def transformers_config_dict(config: ModelConfig, dtype: str = "bfloat16") -> di
     written["dtype"] = dtype
     expressed = {*V4_FIELDS, "compress_ratios", "csa_ratio", "weight_format"} | _yarn_expressed(config)
     # Always present here: it tells the reader to believe num_nextn_predict_layers.
-    return written | {"longreach": {"numerics": config.numerics, **_own_fields(config, expressed)}}
+    own = _own_part(config, expressed | {"numerics"}).get("longreach", {})
+    return written | {"longreach": {"numerics": config.numerics, **own}}
 
 
 def _check_transformers_can(config: ModelConfig) -> int:
@@ -131,6 +131,20 @@ def _check_transformers_can(config: ModelConfig) -> int:
     return hca[0] if hca else 128
 
 
+def _check_transformers_can_v32(config: ModelConfig) -> None:
+    """Raise unless transformers' DeepseekV32 can be this model."""
+    for name, only in (
+        ("feed_forward", "moe"),
+        ("scoring_func", "sigmoid"),
+        ("swiglu_limit", 0),
+        ("num_hash_layers", 0),
+    ):
+        if getattr(config, name) != only:
+            raise ConfigError(
+                f"transformers' DeepseekV32 has no {name}={getattr(config, name)!r}; write the official layout instead"
+            )
+
+
 def _partial_rotary_factor(config: ModelConfig) -> float:
     """The factor f with int(head_dim * f) == qk_rope_head_dim, which is how transformers uses it."""
     factor = config.qk_rope_head_dim / config.head_dim
@@ -146,17 +160,14 @@ def _v32_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def _v32_expressed(config: ModelConfig) -> set[str]:
-    """What a V3.2 file says of this config; the rest must match what its reader assumes, or be written."""
     expressed = {*V32_FIELDS, "attention", "rope_theta", "weight_format"} | _yarn_expressed(config)
-    if config.rope_factor != 1:
-        expressed.add("rope_mscale_all_dim")
-    assumed = {
-        "residual": "plain",
-        "swiglu_limit": 0.0,
-        "scoring_func": "sigmoid",
-        "head_dim": config.qk_nope_head_dim + config.qk_rope_head_dim,
-    }
-    return expressed | {name for name, value in assumed.items() if getattr(config, name) == value}
+    return expressed | {"rope_mscale_all_dim"} if config.rope_factor != 1 else expressed
+
+
+def _v32_assumed(config: ModelConfig) -> dict[str, Any]:
+    """What a reader of a V3.2 file takes for granted."""
+    head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    return DEFAULTS | {"residual": "plain", "swiglu_limit": 0.0, "scoring_func": "sigmoid", "head_dim": head_dim}
 
 
 def _yarn_dict(config: ModelConfig) -> dict[str, Any]:
@@ -187,17 +198,13 @@ def _shared_dict(config: ModelConfig) -> dict[str, Any]:
     return written
 
 
-def _own_fields(config: ModelConfig, expressed: set[str]) -> dict[str, Any]:
+def _own_part(config: ModelConfig, expressed: set[str], assumed: dict[str, Any] = DEFAULTS) -> dict[str, Any]:
+    """The "longreach" part: what the layout does not express and its reader would assume to be otherwise.
+
+    Left out when there is nothing, as for the released configs.
+    """
     own = {}
-    for name, default in DEFAULTS.items():
-        if name not in expressed and name != "numerics" and (value := getattr(config, name)) != default:
-            own[name] = list(value) if isinstance(value, tuple) else value
-    return own
-
-
-def _own_part(config: ModelConfig, expressed: set[str], numerics: str) -> dict[str, Any]:
-    """The "longreach" part, left out when the layout says it all (the released configs)."""
-    own = _own_fields(config, expressed)
-    if config.numerics != numerics:
-        own["numerics"] = config.numerics
+    for name, value in assumed.items():
+        if name not in expressed and getattr(config, name) != value:
+            own[name] = getattr(config, name)
     return {"longreach": own} if own else {}

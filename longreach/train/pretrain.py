@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longreach.checkpoint.load import save_model
+from longreach.checkpoint.save import save_model
 from longreach.data.packing import encode_documents
 from longreach.data.sources import read_documents, split_validation
 from longreach.data.stream import TrainingStream, in_order
@@ -106,7 +106,8 @@ def main(options: PretrainOptions) -> int:
 
     count = count_parameters(config)
     tokens = sum(map(len, training))
-    log.info("device     %s, %s threads (%s)", device, threads.value, threads.reason)
+    log.info("device     %s", device)
+    log.info("threads    %s", threads)
     log.info("dtype      %s", dtype)
     log.info("model      %s: %s parameters, %s used per token", recipe.preset, f"{count.total:,}", f"{count.active:,}")
     log.info("data       %s: %d documents, %s tokens; %d documents held out", recipe.data, len(training), f"{tokens:,}",
@@ -342,7 +343,7 @@ def _report(options: PretrainOptions, run: RunDirectory, trainer: Trainer, stop:
         "run": str(run.path),
         "steps": progress.step,
         "tokens": progress.step * trainer.recipe.rows_per_batch * trainer.recipe.seq_len,
-        "loss": fmean(trainer.losses[-20:]) if trainer.losses else None,
+        "loss": fmean(trainer.losses) if trainer.losses else None,
         "val_loss": trainer.val_loss,
         "val_bits_per_byte": trainer.val_bits_per_byte,
         "seconds": round(progress.seconds, 1),

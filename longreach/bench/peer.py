@@ -1,0 +1,80 @@
+"""transformers as the opponent: the same weights from the same files, at its best setting.
+
+Its one-pass prefill is quadratic in memory, so the fair opponent at length is chunked prefill; which chunk and which of
+its expert implementations are fastest here is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longreach.errors import RequestError
+
+CHUNKS = (512, 1024, 2048)
+EXPERTS = ("grouped_mm", "eager", "batched_mm")
+
+
+class TransformersPeer:
+    """`DeepseekV4ForCausalLM` behind the calls the bench makes of both sides."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+        try:
+            import transformers
+            from transformers import DeepseekV4ForCausalLM
+        except ImportError:
+            raise RequestError(
+                "--against transformers needs transformers 5.23; install it with pip install 'longreach[dev]'"
+            ) from None
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.name = f"transformers {transformers.__version__}"
+        self.device = device
+        self.model = DeepseekV4ForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="eager", local_files_only=True
+        ).to(device)
+        self.model.eval()
+        self.chunk, self.experts = 1024, "eager"
+
+    def new_cache(self):
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, chunk: int | None = None, cache=None) -> Tensor:
+        """Logits after the last token; in one call, or chunk by chunk over a cache."""
+        cache = self.new_cache() if cache is None else cache
+        logits = None
+        for part in tokens.split(chunk or tokens.shape[1], dim=1):
+            logits = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        assert logits is not None
+        return logits
+
+    @torch.no_grad()
+    def step(self, token: Tensor, cache) -> Tensor:
+        return self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    def tune(self, tokens: Tensor) -> None:
+        """Choose the fastest expert implementation and chunk for prompts like `tokens`."""
+        fastest = float("inf")
+        for experts in EXPERTS:
+            try:
+                self.model.set_experts_implementation(experts)
+                self.prefill(tokens[:, :256], 256)
+                began = time.perf_counter()
+                self.prefill(tokens[:, :2048], 1024)
+            except (RuntimeError, NotImplementedError, ValueError):
+                continue  # not offered for this type or device
+            if (took := time.perf_counter() - began) < fastest:
+                fastest, self.experts = took, experts
+        self.model.set_experts_implementation(self.experts)
+        fastest = float("inf")
+        for chunk in CHUNKS:
+            began = time.perf_counter()
+            self.prefill(tokens, chunk)
+            if (took := time.perf_counter() - began) < fastest:
+                fastest, self.chunk = took, chunk

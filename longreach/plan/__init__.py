@@ -1,0 +1,1 @@
+"""Arithmetic about models: operations, and (with later commands) memory, prices and claims."""
