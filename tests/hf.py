@@ -10,7 +10,11 @@ import torch
 from longreach.model.config import ModelConfig
 from longreach.model.transformer import Transformer
 
-RATIO_NAMES = {"sliding": "sliding_attention", "csa": "compressed_sparse_attention", "hca": "heavily_compressed_attention"}
+RATIO_NAMES = {
+    "sliding": "sliding_attention",
+    "csa": "compressed_sparse_attention",
+    "hca": "heavily_compressed_attention",
+}
 
 ATTENTION = {
     "wq_a.weight": "q_a_proj.weight",
@@ -117,12 +121,16 @@ def name_pairs(c: ModelConfig) -> list[tuple[str, str]]:
         ours, theirs = f"layers.{i}.", f"model.layers.{i}."
         kind = c.layer_kind(i)
         for a, b in ATTENTION.items():
-            if a.startswith("indexer") and kind != "csa" or a.startswith("compressor") and kind == "sliding":
+            if (a.startswith("indexer") and kind != "csa") or (a.startswith("compressor") and kind == "sliding"):
                 continue
             pairs.append((f"{ours}attn.{a}", f"{theirs}self_attn.{b}"))
         pairs += [(f"{ours}attn_norm.weight", f"{theirs}input_layernorm.weight")]
         pairs += [(f"{ours}ffn_norm.weight", f"{theirs}post_attention_layernorm.weight")]
-        pairs += [(f"{ours}{hc}.{leaf}", f"{theirs}{hc}.{leaf}") for hc in ("attn_hc", "ffn_hc") for leaf in ("fn", "base", "scale")]
+        pairs += [
+            (f"{ours}{hc}.{leaf}", f"{theirs}{hc}.{leaf}")
+            for hc in ("attn_hc", "ffn_hc")
+            for leaf in ("fn", "base", "scale")
+        ]
         pairs += [(f"{ours}ffn.gate.weight", f"{theirs}mlp.gate.weight")]
         pairs += [(f"{ours}ffn.experts.w2", f"{theirs}mlp.experts.down_proj")]
         for a, b in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def run(model: Transformer, tokens: torch.Tensor, cuts: list[int], cache: Contig
     cache = cache or model.new_cache(tokens.shape[0])
     hidden, selections = [], []
     edges = [0, *cuts, tokens.shape[1]]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         out = model.features(tokens[:, start:stop], cache, keep=("selection",))
         hidden.append(out.hidden)
         selections.append(out.selection)
@@ -124,7 +125,9 @@ def test_batch_neighbours_change_nothing(model):
 def test_truncating_and_going_on_equals_never_having_gone_on(model, back, precision):
     tokens = text(200, seed=3)
     _, _, straight = run(model, tokens[:, :150], [], model.new_cache(1, precision))
-    _, _, strayed = run(model, torch.cat([tokens[:, :150], text(back, seed=9)], dim=1), [40, 150], model.new_cache(1, precision))
+    _, _, strayed = run(
+        model, torch.cat([tokens[:, :150], text(back, seed=9)], dim=1), [40, 150], model.new_cache(1, precision)
+    )
     strayed.truncate(150)
     assert strayed.length == 150
     expected, _, _ = run(model, tokens[:, 150:], [3], straight)

@@ -122,6 +122,7 @@ def test_the_future_never_reaches_the_past(model):
 
 def test_long_passes_without_gradients_equal_the_same_pass_with(model):
     tokens = text(500)
+
     class Small(Transformer):
         chunk_tokens = 64
 
@@ -143,7 +144,9 @@ def test_mtp_equals_the_published_equations_around_an_independent_block():
     reference = reference_model(main)
     randomise(reference, 5)
     block_weights = {
-        k.removeprefix("layers.0."): v for k, v in ours_from(reference, main).state_dict().items() if k.startswith("layers.0.")
+        k.removeprefix("layers.0."): v
+        for k, v in ours_from(reference, main).state_dict().items()
+        if k.startswith("layers.0.")
     }
     model = Transformer(main.replace(num_nextn_predict_layers=1, compress_ratios=(0, 0)), seed=3)
     mtp = model.mtp[0]

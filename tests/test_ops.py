@@ -48,9 +48,14 @@ def test_rms_norm_of_a_hand_computed_vector():
 def test_rms_norm_equals_its_reference_with_gradients(weighted):
     x, w = torch.randn(3, 5, 16), torch.randn(16)
     if weighted:
-        assert_same(gradients(lambda a, b: rms_norm(a, b, 1e-6), x, w), gradients(lambda a, b: rms_norm_reference(a, b, 1e-6), x, w))
+        assert_same(
+            gradients(lambda a, b: rms_norm(a, b, 1e-6), x, w),
+            gradients(lambda a, b: rms_norm_reference(a, b, 1e-6), x, w),
+        )
     else:
-        assert_same(gradients(lambda a: rms_norm(a, None, 1e-6), x), gradients(lambda a: rms_norm_reference(a, None, 1e-6), x))
+        assert_same(
+            gradients(lambda a: rms_norm(a, None, 1e-6), x), gradients(lambda a: rms_norm_reference(a, None, 1e-6), x)
+        )
 
 
 def test_norm_weights_multiply_in_float32_before_the_one_rounding_to_bfloat16():
@@ -113,7 +118,9 @@ def test_mixing_contracts_the_source_stream():
 def test_unconstrained_coefficients_are_the_linear_values():
     streams = torch.randn(1, 2, 3, 4)
     fn, base = torch.zeros(15, 12), torch.arange(15.0)
-    _, _, comb = hyper_coefficients(streams, fn, base, torch.ones(3), iters=5, eps=1e-6, norm_eps=1e-6, constrained=False)
+    _, _, comb = hyper_coefficients(
+        streams, fn, base, torch.ones(3), iters=5, eps=1e-6, norm_eps=1e-6, constrained=False
+    )
     torch.testing.assert_close(comb[0, 0], torch.arange(6.0, 15.0).view(3, 3))
 
 
@@ -143,7 +150,9 @@ def test_overlapping_pooling_equals_its_reference_with_gradients():
         pad = torch.zeros(2, 3, 10)
         return pool_overlapping_blocks(torch.cat([pad, c], 1), torch.cat([pad, z], 1), 3, False)
 
-    assert_same(gradients(fast, content, gate), gradients(lambda c, z: pool_overlapping_reference(c, z, 3), content, gate))
+    assert_same(
+        gradients(fast, content, gate), gradients(lambda c, z: pool_overlapping_reference(c, z, 3), content, gate)
+    )
 
 
 # ---- index and selection
@@ -247,7 +256,9 @@ def test_a_query_sees_its_window_itself_included_and_finished_blocks_only():
 
 def test_the_sink_takes_weight_and_gives_nothing():
     layout = Layout(first_query=0, first_key=0, window=1, ratio=0, chosen_limit=0, scale=1.0, value_dim=1)
-    out = sparse_attention(torch.zeros(1, 1, 1, 1), torch.tensor([[[8.0]]]), None, None, torch.tensor([math.log(3.0)]), layout)
+    out = sparse_attention(
+        torch.zeros(1, 1, 1, 1), torch.tensor([[[8.0]]]), None, None, torch.tensor([math.log(3.0)]), layout
+    )
     torch.testing.assert_close(out.flatten(), torch.tensor([2.0]))  # weight 1 / (1 + 3)
 
 

@@ -1,6 +1,6 @@
 """Peak memory of one long call, measured in a process of its own so that nothing earlier counts.
 
-    python -m longreach.bench.memory MODEL_DIRECTORY TOKENS [--dtype float32] [--threads 2]
+python -m longreach.bench.memory MODEL_DIRECTORY TOKENS [--dtype float32] [--threads 2]
 """
 
 from __future__ import annotations

@@ -155,7 +155,9 @@ def _agree(bench: Bench) -> None:
 
 
 def _prefill(bench: Bench, peak: float) -> None:
-    bench.say(f"{'prefill':>9} {'ours':>12} {'of peak':>8} {'one call':>12} {'chunked':>12} {'ratios':>14} {'others':>7}")
+    bench.say(
+        f"{'prefill':>9} {'ours':>12} {'of peak':>8} {'one call':>12} {'chunked':>12} {'ratios':>14} {'others':>7}"
+    )
     bench.model(bench.text[:, :512], logits_to_keep=1)
     for tokens in bench.options.prefill:
         text = bench.text[:, :tokens]
@@ -259,6 +261,10 @@ def _memory(bench: Bench, directory: Path, threads: int) -> None:
         name = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
         bench.record(f"extra_gib_{name}", extra)
         bench.record(f"one_call_{name}_tok_s", tokens / found["seconds"])
-        growth = f", {(extra - previous[1]) / (tokens - previous[0]) * GIB:.0f} bytes per further token" if previous else ""
-        bench.say(f"{name} tokens in one call: {extra:.3f} GiB above the weights{growth}; {tokens / found['seconds']:.0f} tok/s")
+        growth = (
+            f", {(extra - previous[1]) / (tokens - previous[0]) * GIB:.0f} bytes per further token" if previous else ""
+        )
+        bench.say(
+            f"{name} tokens in one call: {extra:.3f} GiB above the weights{growth}; {tokens / found['seconds']:.0f} tok/s"
+        )
         previous = tokens, extra

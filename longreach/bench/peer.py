@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ class TransformersPeer:
         transformers.utils.logging.disable_progress_bar()
         self.name = f"transformers {transformers.__version__}"
         self.device = device
-        self.model = DeepseekV4ForCausalLM.from_pretrained(
+        self.model: Any = DeepseekV4ForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager", local_files_only=True
-        ).to(device)
+        )
+        self.model.to(device)
         self.model.eval()
         self.chunk, self.experts = 1024, "eager"
 

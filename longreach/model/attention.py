@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.model.cache import GraphPool, LayerStore, Pool
+from longreach.model.compressor import Compressor, extended
 from longreach.model.config import ModelConfig
 from longreach.model.indexer import Indexer
 from longreach.model.layers import Linear, RMSNorm
-from longreach.model.compressor import Compressor, extended
 from longreach.model.passing import Pass, Span
 from longreach.ops.attention import Layout, TensorEntries, sparse_attention
 from longreach.ops.norm import rms_norm

@@ -63,8 +63,11 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "released")
 class Codec(Protocol):
     """How one kind of vector is stored."""
 
-    width: int
-    dtype: torch.dtype
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def encode(self, values: Tensor) -> Tensor: ...
 
@@ -240,7 +243,9 @@ class Recent:
         """Values of positions [lo, hi); zeros where a position is not held."""
         a, b = max(lo, self.lo), min(hi, self.hi)
         if a >= b:
-            return torch.zeros(self.buffer.shape[0], hi - lo, self._dim, dtype=self.out_dtype, device=self.buffer.device)
+            return torch.zeros(
+                self.buffer.shape[0], hi - lo, self._dim, dtype=self.out_dtype, device=self.buffer.device
+            )
         held = self.codec.decode(self.buffer[:, a - self.lo : b - self.lo], self.out_dtype)
         return _padded(held, a - lo, hi - b)
 
@@ -630,7 +635,8 @@ class ContiguousCache:
                 f"precision 'released' rotates index keys, so index_head_dim={config.index_head_dim} must be a power "
                 "of two; use 'float32' or 'bfloat16'"
             )
-        self.config, self.precision = config, precision
+        self.config = config
+        self.precision: Precision = precision
         self.device, self.dtype = torch.device(device), dtype
         self.num_layers = config.num_hidden_layers
         self.groups = [self._new_group(batch_size)]

@@ -5,7 +5,7 @@
     ModelConfig.from_json(path)                      either published config.json layout, or the official inference one
 
 Field names are those of the published `config.json`, so a reader can hold both side by side. Reading and writing the
-two JSON layouts is in `config_io.py`.
+two JSON layouts is in `config_io.py` and `config_write.py`.
 Source: architecture of DeepSeek-V4 (arXiv 2606.19348) and the released config files.
 """
 

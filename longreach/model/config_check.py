@@ -11,10 +11,19 @@ from longreach.errors import ConfigError
 if TYPE_CHECKING:
     from longreach.model.config import ModelConfig
 
-POSITIVE = (
-    "vocab_size hidden_size num_hidden_layers max_position_embeddings num_attention_heads head_dim q_lora_rank "
-    "sliding_window csa_ratio hc_mult hc_sinkhorn_iters"
-).split()
+POSITIVE = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "sliding_window",
+    "csa_ratio",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+]
 
 
 def check(c: ModelConfig) -> None:
@@ -24,9 +33,7 @@ def check(c: ModelConfig) -> None:
         if getattr(c, name) < 1:
             raise ConfigError(f"{name}={getattr(c, name)} must be at least 1")
     if c.qk_rope_head_dim % 2 or not 0 < c.qk_rope_head_dim <= c.head_dim:
-        raise ConfigError(
-            f"qk_rope_head_dim={c.qk_rope_head_dim} must be even and between 2 and head_dim={c.head_dim}"
-        )
+        raise ConfigError(f"qk_rope_head_dim={c.qk_rope_head_dim} must be even and between 2 and head_dim={c.head_dim}")
     if c.rope_factor < 1:
         raise ConfigError(f"rope_factor={c.rope_factor} must be at least 1 (1 switches YaRN off)")
     for name in ("bos_token_id", "eos_token_id"):
@@ -47,7 +54,9 @@ def _check_types(c: ModelConfig) -> None:
         value, hint = getattr(c, field.name), hints[field.name]
         if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
             raise ConfigError(f"{field.name}={value!r} must be a whole number")
-        if hint is float and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        if hint is float and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+        ):
             raise ConfigError(f"{field.name}={value!r} must be a finite number")
         if hint is float and value < 0:
             raise ConfigError(f"{field.name}={value!r} must not be negative")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class HyperConnection(nn.Module):
         super().__init__()
         n = streams
         self.streams, self.iters, self.eps, self.norm_eps, self.constrained = n, iters, eps, norm_eps, constrained
-        factory = dict(dtype=torch.float32, device=device)
+        factory: dict[str, Any] = dict(dtype=torch.float32, device=device)
         self.fn = nn.Parameter(torch.empty((2 + n) * n, n * dim, **factory))
         self.base = nn.Parameter(torch.empty((2 + n) * n, **factory))
         self.scale = nn.Parameter(torch.empty(3, **factory))
@@ -109,7 +110,7 @@ class StreamCollapse(nn.Module):
     ) -> None:
         super().__init__()
         self.streams, self.eps, self.norm_eps = streams, eps, norm_eps
-        factory = dict(dtype=torch.float32, device=device)
+        factory: dict[str, Any] = dict(dtype=torch.float32, device=device)
         self.fn = nn.Parameter(torch.empty(streams, streams * dim, **factory))
         self.base = nn.Parameter(torch.empty(streams, **factory))
         self.scale = nn.Parameter(torch.empty(1, **factory))
@@ -128,8 +129,8 @@ class StreamCollapse(nn.Module):
 class HyperWrapped(nn.Module):
     """mHC around a torch block that computes x + F(x) itself, such as `nn.TransformerEncoderLayer`.
 
-        block = HyperWrapped(nn.TransformerEncoderLayer(64, 4, batch_first=True), dim=64)
-        streams = block(expand_streams(x, 4))          # [B, T, 4, 64]
+    block = HyperWrapped(nn.TransformerEncoderLayer(64, 4, batch_first=True), dim=64)
+    streams = block(expand_streams(x, 4))          # [B, T, 4, 64]
     """
 
     def __init__(self, block: nn.Module, dim: int, streams: int = 4, **options) -> None:

@@ -1,21 +1,24 @@
 """Initial weights, one readable table.
 
-    matrices                     normal, std = initializer_range
-    matrices that write to the   the same / sqrt(2 · layers): the residual sum then starts at the embedding's scale
-      residual (wo_b, w2)
-    norms                        1
-    mHC                          the plain residual (see HyperConnection)
-    sinks, positional biases     0
-    router bias                  0
-    hash tables                  evenly spread, distinct per layer
-    Hyper-parameters of V4's own initialisation are not published; V3 used std 0.006.
+matrices                     normal, std = initializer_range
+matrices that write to the   the same / sqrt(2 · layers): the residual sum then starts at the embedding's scale
+  residual (wo_b, w2)
+norms                        1
+mHC                          the plain residual (see HyperConnection)
+sinks, positional biases     0
+router bias                  0
+hash tables                  evenly spread, distinct per layer
+Hyper-parameters of V4's own initialisation are not published; V3 used std 0.006.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
+from longreach.model.config import ModelConfig
 from longreach.model.feedforward import spread_table
 from longreach.model.hyper_connection import HyperConnection, StreamCollapse
 
@@ -23,7 +26,7 @@ from longreach.model.hyper_connection import HyperConnection, StreamCollapse
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter and buffer of a Transformer, in an order fixed by names. Does nothing on the meta device."""
-    config = model.config
+    config = cast(ModelConfig, model.config)
     if next(model.parameters()).device.type == "meta":
         return
     device = next(model.parameters()).device

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         c = self.config = config
-        factory = dict(dtype=dtype, device=device)
+        factory: dict[str, Any] = dict(dtype=dtype, device=device)
         self.embed = nn.Embedding(
             c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size, **factory)
         )
@@ -227,7 +228,7 @@ class Transformer(nn.Module):
         if self.config.arithmetic == "invariant":
             return self._run_invariant(ask, [(row, start, stop, 0, self._graph_stores()) for row, start, stop in runs])
         whole = all(start == 0 and stop == T for _, start, stop in runs)
-        if whole and T > self.chunk_tokens and not torch.is_grad_enabled() and "mtp" not in keep:
+        if whole and self.chunk_tokens < T and not torch.is_grad_enabled() and "mtp" not in keep:
             cache = self.new_cache(B, "float32" if self.dtype != torch.bfloat16 else "bfloat16")
             cache.reserve(T)
             return self._run_cached(ask, cache)
@@ -318,7 +319,7 @@ class Transformer(nn.Module):
             x = block(x, pass_)
         out = Features(self.norm(self.collapse(x)))
         if "mtp" in part.keep:
-            out.mtp = self.mtp[0].draft(x, self.embed(part.next_tokens), pass_)
+            out.mtp = cast(MTPBlock, self.mtp[0]).draft(x, self.embed(part.next_tokens), pass_)
         if "streams" in part.keep:
             out.streams = x
         out.routing, out.router_scores, out.selection = pass_.routing, pass_.router_scores, pass_.selection
@@ -343,7 +344,9 @@ class Transformer(nn.Module):
             low, high = (int(v) for v in tokens.aminmax())
             if low < 0 or high >= c.vocab_size:
                 bad = low if low < 0 else high
-                raise RequestError(f"token id {bad} is outside the vocabulary of {c.vocab_size} (0 to {c.vocab_size - 1})")
+                raise RequestError(
+                    f"token id {bad} is outside the vocabulary of {c.vocab_size} (0 to {c.vocab_size - 1})"
+                )
         before = 0
         if cache is not None:
             if cache.config != c:
@@ -565,5 +568,5 @@ def _document_runs(
     for row in range(B):
         end = T if lengths is None else lengths[row]
         edges = [*starts[row, :end].nonzero().flatten().tolist(), end]
-        runs += [(row, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        runs += [(row, a, b) for a, b in pairwise(edges)]
     return runs

@@ -134,7 +134,7 @@ def sparse_attention_reference(
     layout: Layout,
 ) -> Tensor:
     """The same with one dense mask over everything; quadratic, for tests."""
-    B, T, N, H = q_BTNH.shape
+    B, T, N, _ = q_BTNH.shape
     t = layout.first_query + torch.arange(T)
     j = layout.first_key + torch.arange(local_BSH.shape[1])
     seen = (j[None] <= t[:, None]) & (j[None] > t[:, None] - layout.window) & (j[None] >= 0)
@@ -263,7 +263,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _load(tile: _Tile, local: Tensor, entries: EntrySource | None, chosen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _load(
+    tile: _Tile, local: Tensor, entries: EntrySource | None, chosen: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     keys = _wide(local[:, tile.band[0] : tile.band[1]])
     if tile.gathered:
         assert entries is not None and chosen is not None
@@ -344,6 +346,7 @@ class _SparseAttention(torch.autograd.Function):
                 d_extra = torch.bmm(d_logit.reshape(*leading, -1).transpose(1, 2), each_q)
                 d_extra[..., :Hv] += torch.bmm(far.reshape(*leading, -1).transpose(1, 2), each_d)
                 if tile.gathered:
+                    assert chosen is not None and entries is not None
                     S = entries.shape[1]
                     index = chosen[:, rows].long()
                     # Invalid picks carry zero gradient, but they still need a row to land in.
@@ -352,6 +355,6 @@ class _SparseAttention(torch.autograd.Function):
                 else:
                     d_entries[:, : tile.num_entries] += d_extra
             d_q[:, rows] = d_part
-        d_entries = d_entries.to(entries.dtype) if d_entries is not None else None
-        d_sink = d_sink.to(sink.dtype) if d_sink is not None else None
+        d_entries = d_entries.to(entries.dtype) if d_entries is not None and entries is not None else None
+        d_sink = d_sink.to(sink.dtype) if d_sink is not None and sink is not None else None
         return d_q, d_local.to(local.dtype), d_entries, None, d_sink, None

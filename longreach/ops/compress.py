@@ -29,8 +29,7 @@ def pool_overlapping_blocks(content_BTw: Tensor, gate_BTw: Tensor, ratio: int, f
         first_has_previous: False when the first entry opens the sequence: the leading block is then a placeholder
             that takes no part.
     """
-    B, _, width = content_BTw.shape
-    w = width // 2
+    w = content_BTw.shape[-1] // 2
     content = content_BTw.unflatten(1, (-1, ratio))
     gate = gate_BTw.unflatten(1, (-1, ratio))
     back_gate = gate[:, :-1, :, :w]

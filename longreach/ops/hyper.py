@@ -51,7 +51,9 @@ def hyper_coefficients(
     return pre, post, sinkhorn(logits, iters, eps)
 
 
-def collapse_streams(streams_BTnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+def collapse_streams(
+    streams_BTnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+) -> Tensor:
     """One vector per token from n streams, weighted by σ(scale · z + base) + ε. Returns `[B, T, D]` in the input's dtype."""
     weights = torch.sigmoid(_projected(streams_BTnD, fn, norm_eps) * scale.float() + base.float()) + eps
     return mix_in(streams_BTnD, weights)
@@ -99,10 +101,11 @@ def _sinkhorn_steps(logits: Tensor, iters: int, eps: float) -> Tensor:
     # Tokens last: every step is then a handful of long vector operations instead of many 4-wide ones.
     n = logits.shape[-1]
     m = (logits.softmax(dim=-1) + eps).view(-1, n, n).permute(1, 2, 0).contiguous()
-    m.div_(m.sum(0, keepdim=True).add_(eps))
+    epsilon = m.new_full((), eps)  # a Python number would be converted anew in each of these small steps
+    m.div_(m.sum(0, keepdim=True).add_(epsilon))
     for _ in range(iters - 1):
-        m.div_(m.sum(1, keepdim=True).add_(eps))
-        m.div_(m.sum(0, keepdim=True).add_(eps))
+        m.div_(m.sum(1, keepdim=True).add_(epsilon))
+        m.div_(m.sum(0, keepdim=True).add_(epsilon))
     return m.permute(2, 0, 1).contiguous().view(logits.shape)  # bmm copies matrix by matrix if this stays a view
 
 

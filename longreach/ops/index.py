@@ -91,6 +91,7 @@ def select_over_blocks(
             chosen = select_top(scores, min(k, scores.shape[-1]))
             best, kept = scores.gather(-1, chosen), chosen
             continue
+        assert kept is not None
         # Candidates stay in index order, so "lowest position" in the joined row still means "lowest entry".
         joined = torch.cat([best, scores], dim=-1)
         chosen = select_top(joined, min(k, joined.shape[-1]))

@@ -14,6 +14,9 @@ import numpy as np
 from longreach.model.config import ModelConfig
 
 
+PARTS = ("projections", "compressors", "index scores", "core attention", "experts", "mhc")
+
+
 def decode_macs(config: ModelConfig, context: int) -> dict[str, int]:
     """MACs of decoding one token when it sees `context` tokens (itself included), by part."""
     return {part: int(total[0]) for part, total in _macs(config, np.array([context])).items()}
@@ -28,7 +31,7 @@ def prefill_macs(config: ModelConfig, tokens: int, logits: int = 1) -> dict[str,
 
 def _macs(c: ModelConfig, context: np.ndarray) -> dict[str, np.ndarray]:
     one = np.ones_like(context, dtype=np.float64)
-    total = {part: 0 * one for part in ("projections", "compressors", "index scores", "core attention", "experts", "mhc")}
+    total: dict[str, np.ndarray] = dict.fromkeys(PARTS, 0 * one)  # one shared zero: parts are added to, never in place
     for layer in range(c.num_hidden_layers):
         _attention(c, layer, context, one, total)
         total["experts"] = total["experts"] + _feed_forward(c, layer) * one
@@ -49,26 +52,29 @@ def _attention(c: ModelConfig, layer: int, context: np.ndarray, one: np.ndarray,
         projections = d * q + q * N * H + d * (latent + rope) + N * c.v_head_dim * d
         absorb = N * latent * (c.qk_nope_head_dim + c.v_head_dim)
         index = q * c.index_n_heads * c.index_head_dim + d * c.index_head_dim + d * c.index_n_heads
-        total["projections"] += (projections + absorb + index) * one
-        total["index scores"] += c.index_n_heads * c.index_head_dim * context
-        total["core attention"] += N * (2 * latent + rope) * np.minimum(c.index_topk, context)
+        total["projections"] = total["projections"] + (projections + absorb + index) * one
+        total["index scores"] = total["index scores"] + c.index_n_heads * c.index_head_dim * context
+        total["core attention"] = total["core attention"] + N * (2 * latent + rope) * np.minimum(c.index_topk, context)
         return
-    total["projections"] += (d * q + q * N * H + d * H + N * H * c.o_lora_rank + c.o_groups * c.o_lora_rank * d) * one
+    total["projections"] = (
+        total["projections"]
+        + (d * q + q * N * H + d * H + N * H * c.o_lora_rank + c.o_groups * c.o_lora_rank * d) * one
+    )
     window = context if kind == "dense" else np.minimum(c.sliding_window, context)
     entries = 0 * one
     if kind in ("csa", "hca"):
         m = c.compress_ratios[layer]
         visible = context // m
         if kind == "hca":
-            total["compressors"] += 2 * d * H * one
+            total["compressors"] = total["compressors"] + 2 * d * H * one
             entries = visible
         else:
             width = c.index_n_heads * c.index_head_dim
-            total["compressors"] += (2 * d * 2 * H + 2 * d * 2 * c.index_head_dim) * one
-            total["projections"] += (q * width + d * c.index_n_heads) * one
-            total["index scores"] += width * visible
+            total["compressors"] = total["compressors"] + (2 * d * 2 * H + 2 * d * 2 * c.index_head_dim) * one
+            total["projections"] = total["projections"] + (q * width + d * c.index_n_heads) * one
+            total["index scores"] = total["index scores"] + width * visible
             entries = np.minimum(c.index_topk, visible)
-    total["core attention"] += 2 * H * N * (window + entries)
+    total["core attention"] = total["core attention"] + 2 * H * N * (window + entries)
 
 
 def _feed_forward(c: ModelConfig, layer: int) -> int:
