@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("longreach.checkpoint.inspect", "InspectOptions", "say what a checkpoint holds"),
     "compare": Command("longreach.checkpoint.compare", "CompareOptions", "say whether two checkpoints are the same"),
     "bench model": Command("longreach.bench.model", "BenchOptions", "speed and memory of prefill and decode"),
+    "bench cache": Command("longreach.bench.cache", "CacheBenchOptions", "what each storage precision costs and saves"),
 }
 
 EXIT_USER_ERROR = 2
