@@ -130,9 +130,10 @@ class _RecomputedSinkhorn(torch.autograd.Function):
             s = m.sum(dim, keepdim=True).add_(ctx.eps)
             m = m / s
             trail.append((m, s, dim))
-        g = grad.reshape(-1, n, n).permute(1, 2, 0)
+        g = grad.reshape(-1, n, n).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+        scratch = torch.empty_like(g)
         for y, s, dim in reversed(trail):
-            g = (g - (g * y).sum(dim, keepdim=True)) / s
+            g.sub_(torch.mul(g, y, out=scratch).sum(dim, keepdim=True)).div_(s)
         g = g.permute(2, 0, 1).reshape(logits.shape)
         return start * (g - (g * start).sum(-1, keepdim=True)), None, None
 
