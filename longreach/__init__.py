@@ -17,14 +17,26 @@ if TYPE_CHECKING:
     from longreach.errors import LongreachError
     from longreach.model.cache import load_cache
     from longreach.model.config import ModelConfig
+    from longreach.model.hyper_connection import HyperConnection, HyperWrapped
     from longreach.model.transformer import Transformer
 
 __version__ = "0.1.0"
-__all__ = ["LongreachError", "ModelConfig", "Transformer", "__version__", "load_cache", "load_model"]
+__all__ = [
+    "HyperConnection",
+    "HyperWrapped",
+    "LongreachError",
+    "ModelConfig",
+    "Transformer",
+    "__version__",
+    "load_cache",
+    "load_model",
+]
 
 _HOME = {
     "ModelConfig": "longreach.model.config",
     "Transformer": "longreach.model.transformer",
+    "HyperConnection": "longreach.model.hyper_connection",
+    "HyperWrapped": "longreach.model.hyper_connection",
     "load_model": "longreach.checkpoint.load",
     "load_cache": "longreach.model.cache",
     "LongreachError": "longreach.errors",

@@ -143,7 +143,7 @@ def _table(commands: dict[str, Command]) -> str:
 
 
 def _unknown_command(name: str) -> int:
-    near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"commands are {', '.join(COMMANDS)}"
     return _fail("longreach", f"unknown command {name!r}; {hint}")
 

@@ -159,9 +159,6 @@ def main(options: GenerateOptions) -> int:
     model = load_model(directory, device=device.value).eval()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     log.info("%s: %s on %s, threads: %s", options.model, dtype, device, threads)
-    if not options.json:
-        # On stderr, so that stdout is the continuation alone; on a terminal the two read as one text.
-        print(prompt, end="", file=sys.stderr, flush=True)
 
     start = time.perf_counter()
     first_token_at = start
@@ -177,6 +174,9 @@ def main(options: GenerateOptions) -> int:
     ):
         if not pieces:
             first_token_at = time.perf_counter()
+            if not options.json:
+                # On stderr, so that stdout is the continuation alone; on a terminal the two read as one text.
+                print(prompt, end="", file=sys.stderr, flush=True)
         pieces.append(piece)
         if not options.json:
             print(piece.text, end="", flush=True)

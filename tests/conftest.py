@@ -12,7 +12,8 @@ import torch
 SENTENCES = (
     "def read(path):\n    with open(path) as file:\n        return file.read()\n",
     "def write(path, text):\n    with open(path, 'w') as file:\n        file.write(text)\n",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n    def push(self, item):\n        self.items.append(item)\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n"
+    "    def push(self, item):\n        self.items.append(item)\n",
     "for number in range(10):\n    if number % 2:\n        print(number, 'is odd')\n",
 )
 

@@ -41,7 +41,9 @@ def test_special_tokens_have_the_published_spelling_and_begin_and_end_are_0_and_
     assert len(SPECIAL_TOKENS) == 18
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "", " ", "\n\n", "a" * 1000, "<think>", "｜DSML｜ <｜User｜>", "\ufeffbom", "e\u0301"])
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "", " ", "\n\n", "a" * 1000, "<think>", "｜DSML｜ <｜User｜>", "\ufeffbom", "e\u0301"]
+)
 def test_decoding_what_was_encoded_gives_it_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -97,7 +99,7 @@ def test_the_same_texts_give_the_same_tokenizer_in_another_process_with_other_th
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     program = (
         "import json, sys; from longreach.tokenizer.bpe import Tokenizer; "
-        f"Tokenizer.train(json.load(open(sys.argv[1])), 600).save(sys.argv[2])"
+        "Tokenizer.train(json.load(open(sys.argv[1])), 600).save(sys.argv[2])"
     )
     here, there = tmp_path / "here.json", tmp_path / "there.json"
     tokenizer.save(here)

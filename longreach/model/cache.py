@@ -47,7 +47,7 @@ from longreach.ops.quant import (
 REWIND = 64
 """Tokens a cache can always be truncated by. Costs REWIND more rows of window and tail, nothing that grows."""
 
-INDEX_BLOCK = 16_384
+INDEX_BLOCK = 8192
 """Index keys scored at a time: bounds the score matrix at long context."""
 
 LATENT_BLOCK = 128

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longreach.model.cache import LayerStore
+from longreach.model.cache import INDEX_BLOCK, LayerStore
 from longreach.model.compressor import Compressor
 from longreach.model.config import ModelConfig
 from longreach.model.layers import Linear
@@ -21,8 +21,8 @@ from longreach.ops.index import select_over_blocks
 from longreach.ops.quant import fp4_roundtrip, hadamard
 from longreach.ops.rope import apply_rope
 
-TILE_SCORES = 1 << 23
-"""Query-head × key products per tile (32 MiB in float32)."""
+TILE_SCORES = 1 << 21
+"""Query-head × key products per tile (8 MiB in float32: larger pieces scatter over the heap)."""
 
 
 class Indexer(nn.Module):
@@ -77,17 +77,21 @@ def select_entries(
         return None
     B, T, N, _ = q_BTNH.shape
     wide = torch.float64 if q_BTNH.dtype == torch.float64 else torch.float32
-    size = max(8, min(T, TILE_SCORES // (B * N * min(count, 1 << 14))))
+    size = max(8, min(T, TILE_SCORES // (B * N * min(count, INDEX_BLOCK))))
     positions = torch.arange(span.first, span.stop, device=q_BTNH.device)
     visible = (positions + 1) // ratio
-    chosen = []
+    # Filled in place: a small tensor kept from each tile would sit in the hole its large temporaries leave, and the next
+    # tile's would no longer fit there.
+    chosen = torch.arange(k, device=q_BTNH.device).expand(B, T, k).contiguous()
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
         seen = (span.first + rows.stop) // ratio
         if seen <= k:
-            chosen.append(torch.arange(k, device=q_BTNH.device).expand(B, rows.stop - rows.start, k))
             continue
-        blocks = (block.to(wide) for block in store.index_entries.blocks(seen))
-        tile = select_over_blocks(q_BTNH[:, rows].to(wide), weight_BTN[:, rows].to(wide), blocks, visible[rows], k)
-        chosen.append(tile)
-    return torch.cat(chosen, dim=1) if len(chosen) > 1 else chosen[0]
+        # A few sizes that recur, not one more key with every tile: the allocator would find no hole that fits and grow.
+        quantum = INDEX_BLOCK // 8 if seen > INDEX_BLOCK // 8 else 64
+        blocks = (block.to(wide) for block in store.index_entries.blocks(-(-seen // quantum) * quantum))
+        chosen[:, rows] = select_over_blocks(
+            q_BTNH[:, rows].to(wide), weight_BTN[:, rows].to(wide), blocks, visible[rows], k
+        )
+    return chosen

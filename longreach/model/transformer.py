@@ -34,8 +34,8 @@ from longreach.model.passing import Pass, Span
 INVARIANT_TILE = 32
 """Positions per tile of the invariant arithmetic: decoding one token costs a tile, and prefill runs in products of 32 rows."""
 
-CHUNK_VALUES = 1 << 22
-"""Residual-stream values per chunk of a long pass without gradients (16 MiB in float32)."""
+CHUNK_VALUES, CHUNK_TOKENS = 1 << 22, 2048
+"""Bounds of a chunk of a long pass without gradients: residual-stream values (16 MiB in float32), and tokens."""
 
 KEEP = ("routing", "router_scores", "selection", "streams", "mtp")
 
@@ -245,7 +245,8 @@ class Transformer(nn.Module):
     @property
     def chunk_tokens(self) -> int:
         """Tokens a pass without gradients handles at a time."""
-        return max(64, CHUNK_VALUES // (self.config.num_streams * self.config.hidden_size) // 64 * 64)
+        fitting = CHUNK_VALUES // (self.config.num_streams * self.config.hidden_size)
+        return min(max(64, fitting // 64 * 64), CHUNK_TOKENS)
 
     def _graph_stores(self) -> list[LayerStore]:
         return graph_stores(self.config, self.config.num_hidden_layers + self.config.num_nextn_predict_layers)

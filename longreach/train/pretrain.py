@@ -72,7 +72,7 @@ def main(options: PretrainOptions) -> int:
     else:
         run.check_new()
         recipe = new_recipe(options)
-    config = ModelConfig.preset(recipe.preset)
+    config = recipe.config
     device, threads = choose_device(options.device), set_threads(options.threads)
     dtype = choose_dtype("auto", device.value, training=True)
     _check_memory(recipe.preset, config, device.value)
@@ -260,10 +260,11 @@ def balance_experts(model: Transformer, routing: dict[int, Tensor]) -> None:
         routing: layer -> int64 (B, T, K) experts; layers from `num_hidden_layers` on are MTP blocks. Layers without a
             bias (hash-routed ones) are left alone.
     """
-    blocks = [*model.layers, *model.mtp]
+    first_mtp = model.config.num_hidden_layers
     for layer, chosen in routing.items():
-        bias = blocks[layer].ffn.gate.bias
-        if bias is not None:
+        block = f"layers.{layer}" if layer < first_mtp else f"mtp.{layer - first_mtp}"
+        bias = model.get_submodule(f"{block}.ffn.gate").bias
+        if isinstance(bias, Tensor):
             load = torch.bincount(chosen.flatten(), minlength=len(bias)).float()
             bias += BIAS_STEP * (load.mean() - load).sign()
 

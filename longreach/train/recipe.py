@@ -39,7 +39,7 @@ class PretrainOptions:
     steps: int | None = None
     """Train for this many steps. Without --minutes and --steps: once through the data."""
     batch_tokens: int | None = None
-    """Tokens per step (default 4096)."""
+    """Tokens per step (default 1024: on a CPU small steps cost no more per token, and a short run needs many)."""
     seq_len: int | None = None
     """Tokens per row (default 256)."""
     lr: float | None = None
@@ -64,7 +64,7 @@ class Recipe:
 
     data: str
     preset: str = "tiny"
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
     seq_len: int = 256
     lr: float = 0.0
     seed: int = 0
@@ -73,6 +73,16 @@ class Recipe:
     @property
     def rows_per_batch(self) -> int:
         return self.batch_tokens // self.seq_len
+
+    @property
+    def config(self) -> ModelConfig:
+        """The preset's shape, with initial weights of standard deviation 1 / sqrt(width).
+
+        The released models' 0.02 suits widths of thousands. For 128 it is four times too small: after 0.3M tokens the
+        validation loss of `tiny` was 4.53 nats with 0.02, 4.37 with 0.06, 4.28 with 0.1.
+        """
+        preset = ModelConfig.preset(self.preset)
+        return preset.replace(initializer_range=round(preset.hidden_size**-0.5, 4))
 
 
 def new_recipe(options: PretrainOptions) -> Recipe:
@@ -86,7 +96,7 @@ def new_recipe(options: PretrainOptions) -> Recipe:
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Recipe)}
     given["tokenizer"] = None if options.tokenizer is None else str(options.tokenizer)
     recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
-    config = ModelConfig.preset(recipe.preset)
+    config = recipe.config
     if options.lr is None:
         recipe = dataclasses.replace(recipe, lr=round(PEAK_LR_AT_128 * math.sqrt(128 / config.hidden_size), 6))
     if not 0 < recipe.lr < 1:

@@ -1,0 +1,402 @@
+"""Pretraining: the loss, the schedule, a run from nothing to a model, exact resume, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longreach.checkpoint.load import load_model
+from longreach.model import presets
+from longreach.model.config import ModelConfig
+from longreach.model.transformer import Transformer
+from longreach.tokenizer.bpe import Tokenizer
+from longreach.train import pretrain
+from longreach.train.losses import CHUNK, mean_loss, predicted, summed_loss
+from longreach.train.plot import smoothed
+from longreach.train.pretrain import balance_experts, make_optimizer
+from longreach.train.schedule import Budget, learning_rate
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_torch_with_the_same_gradients_over_several_chunks():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, CHUNK // 2, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 8, generator=generator, requires_grad=True)
+    tokens = torch.randint(0, 11, hidden.shape[:2], generator=generator)
+    documents = torch.zeros_like(tokens)
+    loss = mean_loss(hidden, weight, tokens, documents)
+    expected = F.cross_entropy((hidden[:, :-1] @ weight.t()).flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(3 * loss, (hidden, weight))
+    torch.testing.assert_close(gradients, torch.autograd.grad(3 * expected, (hidden, weight)))
+
+
+def test_no_target_crosses_from_one_document_into_the_next():
+    documents = torch.tensor([[4, 4, 4, 7, 7, 9]])
+    assert predicted(documents, 1).tolist() == [[True, True, False, True, False]]
+    assert predicted(documents, 2).tolist() == [[True, False, False, False]]
+    hidden = torch.zeros(1, 6, 2)
+    # Equal logits everywhere: each target costs log(vocabulary).
+    total, count = summed_loss(hidden, torch.zeros(5, 2), torch.zeros(1, 6, dtype=torch.int64), documents)
+    assert count == 3
+    assert total.item() == pytest.approx(3 * math.log(5))
+
+
+def test_positions_without_a_target_get_no_gradient():
+    hidden = torch.randn(1, 4, 2, requires_grad=True)
+    documents = torch.tensor([[0, 0, 1, 1]])
+    mean_loss(hidden, torch.randn(5, 2), torch.zeros(1, 4, dtype=torch.int64), documents).backward()
+    assert hidden.grad is not None
+    assert hidden.grad[0].abs().sum(dim=1).bool().tolist() == [True, False, True, False]
+
+
+def test_very_large_logits_overflow_nothing():
+    hidden = torch.tensor([[[1e4], [0.0]]], requires_grad=True)
+    loss = mean_loss(
+        hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([[0, 1]]), torch.zeros(1, 2, dtype=torch.int64)
+    )
+    assert loss.item() == 20_000.0
+
+
+# ---- schedule -------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth_along_a_cosine():
+    rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[:3] == pytest.approx([0.01, 0.02, 0.03])
+    assert max(rates) == rates[99] == rates[100] == 1.0
+    assert rates[999] == pytest.approx(0.1)
+    assert rates[549] == pytest.approx(0.55, abs=0.01)
+    assert learning_rate(0, 5, 1.0) == 1.0, "a run of five steps has no room to warm up"
+
+
+def test_a_budget_in_minutes_becomes_steps_by_measured_speed():
+    budget = Budget(minutes=2)
+    assert budget.total_steps(done=10, seconds=20, seconds_per_step=2.0) == 60
+    assert budget.total_steps(done=10, seconds=20, seconds_per_step=4.0) == 35
+    assert budget.total_steps(done=10, seconds=121, seconds_per_step=2.0) == 10
+    assert budget.total_steps(done=10, seconds=119.9, seconds_per_step=2.0) == 11
+    assert Budget(steps=7).total_steps(3, 1e9, 1.0) == 7
+
+
+def test_smoothing_begins_at_the_first_value():
+    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smoothed([1.0, 0.0], keep=0.5) == pytest.approx([1.0, 1 / 3])
+
+
+# ---- parts of a step ------------------------------------------------------------------------------------------------
+
+
+def tiny(**changes) -> ModelConfig:
+    return ModelConfig.preset("tiny").replace(**changes)
+
+
+def test_balancing_raises_the_bias_of_experts_below_the_mean_load():
+    model = Transformer(tiny(vocab_size=300))
+    chosen = torch.tensor([[[0, 1], [0, 1], [0, 2], [0, 3]]])  # loads 4 2 1 1 0 0 0 0, mean 1
+    balance_experts(model, {0: chosen, 1: chosen, 3: chosen})
+    expected = torch.tensor([-1.0, -1, 0, 0, 1, 1, 1, 1]) * 0.001
+    torch.testing.assert_close(model.get_buffer("layers.1.ffn.gate.bias"), expected)
+    torch.testing.assert_close(model.get_buffer("mtp.0.ffn.gate.bias"), expected)
+    assert not model.get_buffer("layers.2.ffn.gate.bias").any(), "a layer that reported nothing is left alone"
+    assert "layers.0.ffn.gate.bias" not in model.state_dict(), "hash layers have none"
+
+
+def test_weight_decay_is_for_matrices_only():
+    model = Transformer(tiny(vocab_size=300))
+    decayed, free = make_optimizer(model, 1e-3).param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    name = {id(p): n for n, p in model.named_parameters()}
+    decayed, free = ({name[id(p)] for p in group["params"]} for group in (decayed, free))
+    assert {"embed.weight", "head.weight", "layers.2.ffn.experts.w1", "layers.0.attn.wkv.weight"} <= decayed
+    assert {"norm.weight", "layers.0.attn.attn_sink", "layers.2.attn.compressor.ape", "layers.0.attn_hc.base"} <= free
+    assert decayed | free == set(name.values())
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+SMALL = ("--batch-tokens", 128, "--seq-len", 32, "--threads", 1)
+
+
+@pytest.fixture(autouse=True)
+def _small_preset(monkeypatch):
+    """The tiny preset with a small vocabulary and three layers: one of each attention."""
+    original = presets.tiny
+
+    def shrunk() -> ModelConfig:
+        return original().replace(
+            vocab_size=512, hidden_size=32, num_hidden_layers=3, compress_ratios=(0, 4, 32, 0), num_hash_layers=1
+        )
+
+    monkeypatch.setattr(presets, "tiny", shrunk)
+    monkeypatch.setattr(pretrain, "VALIDATION_TOKENS", 512)
+
+
+def tree(path: Path) -> set[str]:
+    return {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_model(run).state_dict()
+
+
+def test_a_run_leaves_the_whole_run_directory_and_names_the_next_command(longreach_command, corpus, tmp_path):
+    run = tmp_path / "run"
+    result = longreach_command("pretrain", "--data", corpus, "--out", run, "--steps", 5, *SMALL)
+    assert result.code == 0, result.err
+    assert tree(run) == {
+        "config.json", "metrics.jsonl", "loss.png", "state/training.pt", "state/tokenizer.json",
+        "model/config.json", "model/model.safetensors", "model/tokenizer.json",
+    }  # fmt: skip
+    assert result.out.splitlines() == [f"model: {run}/model", f'next: longreach generate {run} "def "']
+    assert "cpu (" in result.err
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5, 5]
+    assert metrics[0]["loss"] == pytest.approx(math.log(512), abs=0.3)
+    assert metrics[0]["mtp_loss"] == pytest.approx(math.log(512), abs=0.3)
+    # A byte of this text costs val_loss per token over bytes per token.
+    validation = metrics[-1]
+    assert 0 < validation["val_bits_per_byte"] < validation["val_loss"] / math.log(2)
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert Tokenizer.load(run / "model").vocab_size == 512
+    assert longreach_command("generate", run, "def ", "--max-tokens", 3).code == 0
+
+
+def test_training_learns(longreach_command, corpus, tmp_path):
+    arguments = ("--data", corpus, "--out", tmp_path / "run", "--steps", 40, "--lr", "0.01", "--json", *SMALL)
+    result = longreach_command("pretrain", *arguments)
+    record = json.loads(result.out.splitlines()[-1])
+    assert record["steps"] == 40
+    assert record["finished"] is True
+    assert record["tokens"] == 40 * 128
+    assert record["loss"] < 0.75 * math.log(512)
+    assert record["val_loss"] < 0.75 * math.log(512)
+
+
+def test_the_held_out_loss_of_a_model_is_what_torch_computes_for_it(longreach_command, tmp_path):
+    text = "value = 1234\nprint(value)\n" * 12
+    (tmp_path / "one.txt").write_text(text)
+    run = tmp_path / "run"
+    longreach_command("pretrain", "--data", tmp_path / "one.txt", "--out", run, "--steps", 2, *SMALL)
+    tokenizer, model = Tokenizer.load(run / "model"), load_model(run)
+    held_out = text[len(text) - len(text) // 10 :]
+    ids = torch.tensor([[0, *tokenizer.encode(held_out), 1]])[:, :32]
+    with torch.no_grad():
+        loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="sum")
+    validation = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert validation["val_loss"] == pytest.approx(loss.item() / (ids.shape[1] - 1), rel=1e-4)
+    assert validation["val_bits_per_byte"] == pytest.approx(loss.item() / math.log(2) / len(held_out), rel=1e-4)
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(longreach_command, corpus, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        longreach_command("pretrain", "--data", corpus, "--out", tmp_path / name, "--steps", 3, "--seed", seed, *SMALL)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["embed.weight"], c["embed.weight"])
+
+
+def test_a_stopped_and_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(
+    longreach_command, corpus, tmp_path, monkeypatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    longreach_command("pretrain", "--data", corpus, "--out", whole, "--steps", 6, *SMALL)
+
+    real, steps = pretrain.balance_experts, []
+
+    def interrupt_in_step_3(*arguments):
+        real(*arguments)
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(pretrain, "balance_experts", interrupt_in_step_3)
+    stopped = longreach_command("pretrain", "--data", corpus, "--out", broken, "--steps", 6, *SMALL)
+    monkeypatch.setattr(pretrain, "balance_experts", real)
+    assert stopped.code == 130
+    assert stopped.out.splitlines()[-1] == f"next: longreach pretrain --out {broken} --resume"
+    assert len((broken / "metrics.jsonl").read_text().splitlines()) == 3
+
+    # A line of a step that no checkpoint has seen, as a crash leaves behind, is forgotten.
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    assert longreach_command("pretrain", "--out", broken, "--resume", "--threads", 1).code == 0
+    a, b = weights(whole), weights(broken)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = [
+        [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, broken)
+    ]
+    assert losses[0] == losses[1]
+    assert (whole / "state" / "tokenizer.json").read_bytes() == (broken / "state" / "tokenizer.json").read_bytes()
+
+
+def test_a_finished_run_says_so_and_goes_on_with_a_larger_budget(longreach_command, corpus, tmp_path):
+    run = tmp_path / "run"
+    longreach_command("pretrain", "--data", corpus, "--out", run, "--steps", 2, *SMALL)
+    before = (run / "metrics.jsonl").read_bytes()
+    again = longreach_command("pretrain", "--out", run, "--resume")
+    assert again.code == 0
+    assert f"{run} is finished: 2 steps" in again.err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert longreach_command("pretrain", "--out", run, "--resume", "--steps", 4, "--threads", 1).code == 0
+    assert json.loads((run / "config.json").read_text())["steps"] == 4
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_a_budget_in_minutes_ends_on_time(longreach_command, corpus, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--data", corpus, "--out", run, "--minutes", 0.03, "--json", *SMALL)
+    record = json.loads(longreach_command("pretrain", *arguments).out)
+    assert 1.0 < record["seconds"] < 4.0
+    rates = [json.loads(line).get("lr") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rates[-2] < 0.5 * max(rate for rate in rates if rate), "the cosine followed the clock"
+
+
+def test_without_a_budget_the_data_is_seen_once(longreach_command, corpus, tmp_path):
+    (tmp_path / "two").mkdir()
+    for name in ("file00.py", "file01.py"):
+        (tmp_path / "two" / name).write_text((corpus / name).read_text())
+    record = json.loads(
+        longreach_command("pretrain", "--data", tmp_path / "two", "--out", tmp_path / "run", "--json", *SMALL).out
+    )
+    tokenizer = Tokenizer.load(tmp_path / "run" / "model")
+    sizes = [len(tokenizer.encode((corpus / name).read_text())) + 2 for name in ("file00.py", "file01.py")]
+    rows = {(size - 1) // 31 for size in sizes}
+    assert record["steps"] in {math.ceil(count / 4) for count in rows}
+
+
+def test_a_tokenizer_can_be_reused(longreach_command, corpus, tmp_path):
+    mine = Tokenizer.train(["another text " * 50], vocab_size=400)
+    mine.save(tmp_path / "mine.json")
+    run = tmp_path / "run"
+    arguments = ("--data", corpus, "--out", run, "--steps", 1, "--tokenizer", tmp_path / "mine.json")
+    assert longreach_command("pretrain", *arguments, *SMALL).code == 0
+    assert (run / "model" / "tokenizer.json").read_bytes() == (tmp_path / "mine.json").read_bytes()
+
+
+# ---- what it refuses: one line, exit code 2, nothing written --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--preset", "huge"], "unknown preset 'huge'; presets are flash, pro"),
+        (["--preset", "flash"], "needs 4,2"),
+        (["--preset", "v32"], "V3.2 baseline"),
+        (["--data", "absent"], "--data absent does not exist"),
+        (["--data", "LATIN"], "is not UTF-8: byte 0xe9 at offset 3"),
+        (["--data", "SHORT"], "fewer than one row of 32"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--steps", "5", "--minutes", "1"], "exclude each other"),
+        (["--minutes", "0"], "--minutes 0 must be above 0"),
+        (["--minutes", "nan"], "--minutes nan"),
+        (["--lr", "0"], "--lr 0 must be"),
+        (["--seq-len", "2"], "--seq-len 2 must be from 3"),
+        (["--seq-len", "100000", "--batch-tokens", "100000"], "from 3 to 65536"),
+        (["--batch-tokens", "16"], "at least one row"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--threads", "0"], "--threads 0"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--tokenizer", "absent.json"], "no tokenizer at absent.json"),
+        (["--tokenizer", "LARGE"], "has 600 tokens, preset tiny has room for 512"),
+        (["--sped", "1"], "--sped"),
+        (["--resume"], "holds no run to resume"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(longreach_command, corpus, tmp_path, arguments, expected):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("a b")
+    if "LARGE" in arguments:
+        Tokenizer.train(["some text"], vocab_size=600).save(tmp_path / "large.json")
+    names = {"LATIN": "latin.txt", "SHORT": "short.txt", "LARGE": "large.json"}
+    given = [str(tmp_path / names[a]) if a in names else a for a in arguments]
+    defaults = {"--data": str(corpus), "--batch-tokens": "128", "--seq-len": "32"}
+    for name, value in defaults.items():
+        if name not in given:
+            given += [name, value]
+    result = longreach_command("pretrain", "--out", tmp_path / "run", *given)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.count("\n") == 1
+    assert expected in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_is_asked_for(longreach_command, tmp_path):
+    result = longreach_command("pretrain", "--out", tmp_path / "run")
+    assert result.code == 2
+    assert result.err == "longreach: --data is missing; give a text file, a folder, a .jsonl file, or stdlib\n"
+
+
+def test_no_run_and_no_other_folder_is_overwritten(longreach_command, corpus, tmp_path):
+    run, folder, file = tmp_path / "run", tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious")
+    file.write_text("precious")
+    longreach_command("pretrain", "--data", corpus, "--out", run, "--steps", 1, *SMALL)
+    before = {name: (run / name).read_bytes() for name in tree(run)}
+    for path, expected in ((run, "add --resume"), (folder, "not empty and not a run"), (file, "is a file")):
+        result = longreach_command("pretrain", "--data", corpus, "--out", path, "--steps", 1, *SMALL)
+        assert result.code == 2
+        assert expected in result.err
+    assert {name: (run / name).read_bytes() for name in tree(run)} == before
+    assert tree(folder) == {"thesis.txt"}
+
+
+def test_a_resumed_run_keeps_its_recipe_and_its_data(longreach_command, corpus, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in corpus.iterdir():
+        (data / file.name).write_text(file.read_text())
+    run = tmp_path / "run"
+    longreach_command("pretrain", "--data", data, "--out", run, "--steps", 1, *SMALL)
+    result = longreach_command("pretrain", "--out", run, "--resume", "--steps", 2, "--lr", 0.5)
+    assert result.code == 2
+    assert re.search(r"--lr 0.5 differs from this run's 0.0\d+; leave it out", result.err)
+    (data / "file00.py").write_text("print('changed')\n" * 50)
+    result = longreach_command("pretrain", "--out", run, "--resume", "--steps", 2)
+    assert result.code == 2
+    assert "has changed since" in result.err
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_state_file_is_named(longreach_command, corpus, tmp_path, damage):
+    run = tmp_path / "run"
+    longreach_command("pretrain", "--data", corpus, "--out", run, "--steps", 1, *SMALL)
+    state = run / "state" / "training.pt"
+    if damage == "cut":
+        state.write_bytes(state.read_bytes()[:-1000])
+    else:
+        state.unlink()
+    result = longreach_command("pretrain", "--out", run, "--resume", "--steps", 2)
+    assert result.code == 2
+    assert "training.pt" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_says_what_to_change(
+    longreach_command, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pretrain, "mean_loss", lambda hidden, *_, **__: hidden.sum() * math.nan)
+    result = longreach_command("pretrain", "--data", corpus, "--out", tmp_path / "run", "--steps", 3, *SMALL)
+    assert result.code == 2
+    assert "the loss became nan at step 1; start again with a --lr below" in result.err
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_without_matplotlib_a_line_says_how_to_get_the_picture(longreach_command, corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    run = tmp_path / "run"
+    result = longreach_command("pretrain", "--data", corpus, "--out", run, "--steps", 1, *SMALL)
+    assert result.code == 0
+    assert "no loss.png: matplotlib is not installed (pip install 'longreach[plot]')" in result.err
+    assert not (run / "loss.png").exists()
