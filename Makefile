@@ -30,13 +30,17 @@ $(DEV_STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .[dev]
 	@touch $@
 
-# A finished quickstart is not trained again; remove $(RUN) to start over.
+# Made again it goes on where it was stopped, and a finished one is not trained twice; remove $(RUN) to start over.
 quickstart: $(PLOT_STAMP)
-	@test -f $(RUN)/model/config.json || \
-		$(BIN)/longreach pretrain --preset tiny --data stdlib --minutes $(MINUTES) --out $(RUN)
-	@echo; echo '$$ longreach generate $(RUN) "$(PROMPT)"'
+	@if [ -f $(RUN)/config.json ]; then \
+		$(BIN)/longreach pretrain --out $(RUN) --resume; \
+	else \
+		$(BIN)/longreach pretrain --preset tiny --data stdlib --minutes $(MINUTES) --out $(RUN); \
+	fi
+	@echo
 	@$(BIN)/longreach generate $(RUN) "$(PROMPT)" --max-tokens 160 --temperature 0.7 --seed 1
-	@echo; echo "Now type:  $(BIN)/longreach generate $(RUN) \"class Stack:\""
+	@echo
+	@echo 'Now type:  $(BIN)/longreach generate $(RUN) "class Stack:"'
 
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest -q

@@ -79,8 +79,10 @@ def choose_dtype(requested: str, device: torch.device, training: bool = False) -
     return Choice(torch.float32, "CPUs without bfloat16 instructions emulate it slowly")
 
 
-def set_threads(requested: int | None) -> Choice:
+def set_threads(requested: int | None, watch_s: float = 0.3) -> Choice:
     """Use `requested` CPU threads, or one per core that other processes leave free. Returns the number in use.
+
+    How busy the others are is watched for `watch_s` seconds.
 
     A thread without a core of its own makes all others wait for it at every operator, so fewer are faster. Sums are
     split among threads: the last bits of a result depend on their number.
@@ -92,7 +94,7 @@ def set_threads(requested: int | None) -> Choice:
 
     if requested is None:
         cores = torch.get_num_threads()
-        taken = round(other_load(0.3) or 0.0) if cores > 1 else 0
+        taken = round(other_load(watch_s) or 0.0) if cores > 1 else 0
         choice = Choice(max(1, cores - taken), f"other processes use {taken} of {cores}" if taken else "one per core")
     elif requested < 1:
         raise RequestError(f"--threads {requested}: give 1 or more")

@@ -232,7 +232,7 @@ def _arithmetics(bench: Bench) -> None:
     ratio = bench.record(f"invariant_over_fast_{name}", fixed.median / fast.median)
     cache = bench.invariant.new_cache(1)
     bench.invariant(text[:, :-8], cache, logits_to_keep=1)
-    (step,) = bench.alternate(lambda: [bench.invariant(text[:, i : i + 1], cache) for i in range(-8, 0)])
+    (step,) = bench.alternate(lambda: [bench.invariant(text[:, i : i + 1], cache) for i in range(tokens - 8, tokens)])
     rate = bench.record(f"decode_{name}_invariant_tok_s", 8 / step.median)
     bench.say(
         f"invariant arithmetic at {name}: prefill {tokens / fixed.median:.0f} tok/s, {ratio:.2f}x the time of fast; "

@@ -222,8 +222,7 @@ class Transformer(nn.Module):
             if documents is not None:
                 raise ShapeError("documents cannot be given with a cache; a cache holds one document per row")
             self._check_continues(positions, cache, T)
-            with torch.no_grad():
-                return self._run_cached(ask, cache)
+            return self._run_cached(ask, cache)
         runs = _document_runs(tokens, documents, positions, lengths)
         if self.config.arithmetic == "invariant":
             return self._run_invariant(ask, [(row, start, stop, 0, self._graph_stores()) for row, start, stop in runs])
@@ -252,6 +251,11 @@ class Transformer(nn.Module):
         return graph_stores(self.config, self.config.num_hidden_layers + self.config.num_nextn_predict_layers)
 
     def _run_cached(self, ask: _Request, cache: ContiguousCache) -> Features:
+        with torch.inference_mode():
+            out = self._advance(ask, cache)
+        return _ordinary(out)
+
+    def _advance(self, ask: _Request, cache: ContiguousCache) -> Features:
         B, T = ask.tokens.shape
         lengths = list(ask.lengths) if ask.lengths is not None else [T] * B
         if len(set(lengths)) > 1 or self.config.arithmetic == "invariant":
@@ -439,6 +443,18 @@ class _Request:
             rows.append(F.pad(last, (0, 0, self.keep_last - last.shape[0], 0)))
         hidden = torch.stack(rows)
         return Features(hidden)
+
+
+def _ordinary(part: Features) -> Features:
+    """Tensors a caller may do anything with: those made in inference mode refuse in-place changes and gradients."""
+    return Features(
+        part.hidden.clone(),
+        {k: v.clone() for k, v in part.routing.items()},
+        {k: v.clone() for k, v in part.router_scores.items()},
+        {k: v.clone() for k, v in part.selection.items()},
+        part.streams.clone() if part.streams is not None else None,
+        part.mtp.clone() if part.mtp is not None else None,
+    )
 
 
 def _concat(parts: list[Features]) -> Features:

@@ -73,7 +73,7 @@ def main(options: PretrainOptions) -> int:
         run.check_new()
         recipe = new_recipe(options)
     config = recipe.config
-    device, threads = choose_device(options.device), set_threads(options.threads)
+    device, threads = choose_device(options.device), set_threads(options.threads, watch_s=2.0)
     dtype = choose_dtype("auto", device.value, training=True)
     _check_memory(recipe.preset, config, device.value)
 
@@ -144,6 +144,7 @@ class Trainer:
             device=self.device,
         )
         self.losses: deque[float] = deque(maxlen=20)
+        self.finished = False
         self.tokens_per_s = 0.0
         self.val_loss = self.val_bits_per_byte = math.nan
 
@@ -153,7 +154,8 @@ class Trainer:
         weights = [p for p in model.parameters() if p.requires_grad]
         began = time.perf_counter() - progress.seconds
         last_checkpoint = time.perf_counter()
-        step_seconds: list[float] = []
+        recent: deque[float] = deque(maxlen=20)
+        first_step = progress.step
         total = self.budget.total_steps(progress.step, progress.seconds, None)
         keep = ("routing", "mtp") if model.mtp else ("routing",)
         model.train()
@@ -185,9 +187,10 @@ class Trainer:
                     )
                 now = time.perf_counter()
                 progress.seconds = now - began
-                # The first steps of a sitting are slower: memory is still being asked for.
-                step_seconds = [*step_seconds[-19:], now - start] if len(step_seconds) != 2 else [now - start]
-                pace = fmean(step_seconds)
+                if progress.step - first_step == 3:
+                    recent.clear()  # the first two steps of a sitting are slower: memory is still being asked for
+                recent.append(now - start)
+                pace = fmean(recent)
                 total = self.budget.total_steps(progress.step, progress.seconds, pace)
                 self.losses.append(value)
                 self.tokens_per_s = tokens.numel() / pace
@@ -209,7 +212,7 @@ class Trainer:
                     self.validate()
                     self.save()
                     last_checkpoint = time.perf_counter()
-        progress.finished = progress.step >= total
+        self.finished = progress.step >= total
         if not stop.asked:
             self.validate()
         self.save()
@@ -349,7 +352,7 @@ def _report(options: PretrainOptions, run: RunDirectory, trainer: Trainer, stop:
         "val_bits_per_byte": trainer.val_bits_per_byte,
         "seconds": round(progress.seconds, 1),
         "tokens_per_s": round(trainer.tokens_per_s),
-        "finished": progress.finished,
+        "finished": trainer.finished,
     }
     log.info("%d steps, %s tokens in %s; loss %.3f", progress.step, f"{result['tokens']:,}", duration(progress.seconds),
              result["loss"] or math.nan)  # fmt: skip

@@ -16,7 +16,7 @@ from longreach.errors import RequestError
 from longreach.model.config import ModelConfig
 from longreach.train.schedule import Budget
 
-PEAK_LR_AT_128 = 0.004
+PEAK_LR_AT_128 = 0.008
 """Peak learning rate of a model 128 wide; wider ones take less, by the square root."""
 
 
@@ -41,9 +41,9 @@ class PretrainOptions:
     batch_tokens: int | None = None
     """Tokens per step (default 1024: on a CPU small steps cost no more per token, and a short run needs many)."""
     seq_len: int | None = None
-    """Tokens per row (default 256)."""
+    """Tokens per row (default 128: in a short run more rows teach more than longer ones)."""
     lr: float | None = None
-    """Peak learning rate (default: 0.004 at width 128, falling with the square root of the width)."""
+    """Peak learning rate (default: 0.008 at width 128, falling with the square root of the width)."""
     seed: int | None = None
     """Decides the initial weights and the order of the data (default 0)."""
     tokenizer: Path | None = None
@@ -65,7 +65,7 @@ class Recipe:
     data: str
     preset: str = "tiny"
     batch_tokens: int = 1024
-    seq_len: int = 256
+    seq_len: int = 128
     lr: float = 0.0
     seed: int = 0
     tokenizer: str | None = None

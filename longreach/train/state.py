@@ -23,7 +23,6 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     """Time spent in training steps and checkpoints, over all sittings."""
-    finished: bool = False
     data_digest: str = ""
     """Tells whether the data is still what the run began with."""
 
