@@ -11,10 +11,11 @@ from torch import Tensor
 
 from longreach.errors import ConfigError
 from longreach.model.baseline import rotate_halves, yarn_softmax_factor
-from longreach.model.cache import ContiguousCache, expected_nbytes, index_codec, kv_codec, load_cache
+from longreach.model.cache import ContiguousCache, expected_nbytes, load_cache
 from longreach.model.config import ModelConfig
 from longreach.model.count import count_parameters
 from longreach.model.shapes import parameter_shapes
+from longreach.model.stores import index_codec, kv_codec
 from longreach.model.transformer import Transformer
 
 YARN = {"rope_factor": 8.0, "rope_original_length": 32, "rope_mscale_all_dim": 1.0}

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from longreach.errors import CacheError
-from longreach.model.cache import REWIND, ContiguousCache, expected_nbytes, load_cache
+from longreach.model.cache import ContiguousCache, expected_nbytes, load_cache
 from longreach.model.config import ModelConfig
+from longreach.model.stores import REWIND
 from longreach.model.transformer import Transformer
 
 

@@ -46,7 +46,9 @@ def fp4(x: Tensor) -> Tensor:
     for part in x.float().split(32, dim=-1):
         s = power_of_two(part.abs().amax(-1, keepdim=True).clamp(min=6 * 2.0**-126), 6.0)
         v = (part / s).clamp(-6, 6).double()
-        distance = (v.abs().unsqueeze(-1) - E2M1).abs() + torch.tensor([0, 1e-9] * 4, dtype=torch.float64)  # ties to even
+        distance = (v.abs().unsqueeze(-1) - E2M1).abs() + torch.tensor(
+            [0, 1e-9] * 4, dtype=torch.float64
+        )  # ties to even
         out.append((E2M1[distance.argmin(-1)] * v.sign()).float() * s)
     return torch.cat(out, -1)
 
@@ -176,7 +178,9 @@ class Plain:
         x = p["embed.weight"][tokens].unsqueeze(1).repeat(1, c.hc_mult, 1)
         for i in range(c.num_hidden_layers):
             q = f"layers.{i}."
-            x = self.connection(x, q + "attn_hc.", lambda u, i=i, q=q: self.attention(rms(u, p[q + "attn_norm.weight"]), i))
+            x = self.connection(
+                x, q + "attn_hc.", lambda u, i=i, q=q: self.attention(rms(u, p[q + "attn_norm.weight"]), i)
+            )
             x = self.connection(
                 x, q + "ffn_hc.", lambda u, i=i, q=q: self.feed_forward(rms(u, p[q + "ffn_norm.weight"]), i, tokens)
             )

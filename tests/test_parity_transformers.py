@@ -50,7 +50,9 @@ def random_config(seed: int) -> ModelConfig:
         moe_intermediate_size=r.choice([16, 24]),
         routed_scaling_factor=r.choice([1.0, 1.5, 2.5]),
         num_hash_layers=r.choice([0, 1, layers]),
-        swiglu_limit=r.choice([0.5, 10.0]),
+        # active for a few values in a hundred; at a tighter limit some value lies within float32 rounding of the kink,
+        # where the two gradients differ by right
+        swiglu_limit=r.choice([2.0, 10.0]),
         hc_mult=r.choice([2, 3, 4]),
         hc_sinkhorn_iters=r.choice([1, 5, 20]),
         rope_factor=r.choice([1.0, 16.0]),

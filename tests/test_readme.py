@@ -48,7 +48,10 @@ def test_the_two_setup_commands_are_in_the_makefile():
 @pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda p: p.name)
 def test_files_named_in_the_docs_exist(path):
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:longreach/|ops/|model/|tests/|docs/|checkpoint/|train/|data/|tokenizer/|bench/|plan/)[\w./]+\.(?:py|md))`", text):
+    for name in re.findall(
+        r"`((?:longreach/|ops/|model/|tests/|docs/|checkpoint/|train/|data/|tokenizer/|bench/|plan/)[\w./]+\.(?:py|md))`",
+        text,
+    ):
         assert (ROOT / name).exists() or (ROOT / "longreach" / name).exists(), name
     for link in re.findall(r"\]\(([\w./-]+\.md)\)", text):
         assert (path.parent / link).exists(), link

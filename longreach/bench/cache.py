@@ -20,8 +20,8 @@ from torch import Tensor
 
 from longreach.checkpoint.load import load_model
 from longreach.errors import RequestError
-from longreach.model.cache import PRECISIONS
 from longreach.model.config import PRESETS, ModelConfig
+from longreach.model.stores import PRECISIONS
 from longreach.model.transformer import Transformer
 from longreach.rundir import find_model
 from longreach.runtime import choose_device, json_line
@@ -62,6 +62,7 @@ def main(options: CacheBenchOptions) -> int:
             growing = sum(cache.nbytes_by_part().get(part, 0) for part in ("entries", "index_entries"))
             figures[f"bytes_per_token_{precision}"] = growing / text.shape[1]
             reference = logits if reference is None else reference
+            assert reference is not None
             log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
             figures[f"kl_{precision}"] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
             figures[f"top1_{precision}"] = float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
@@ -81,8 +82,10 @@ def _model_and_text(options: CacheBenchOptions, device: torch.device) -> tuple[T
         config = ModelConfig.preset(options.model)
         model = Transformer(config, device=device, seed=0).eval()
         generator = torch.Generator().manual_seed(0)
-        return model, torch.randint(0, config.vocab_size, (1, options.tokens), generator=generator).to(device), (
-            f"preset {options.model}, random weights and tokens"
+        return (
+            model,
+            torch.randint(0, config.vocab_size, (1, options.tokens), generator=generator).to(device),
+            (f"preset {options.model}, random weights and tokens"),
         )
     model = load_model(options.model, device=device).eval()
     tokenizer = Tokenizer.load(find_model(options.model) / "tokenizer.json")

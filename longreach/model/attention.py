@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from longreach.model.cache import GraphPool, LayerStore, Pool
 from longreach.model.compressor import Compressor, extended
 from longreach.model.config import ModelConfig
 from longreach.model.indexer import Indexer
 from longreach.model.layers import Linear, RMSNorm
 from longreach.model.passing import Pass, Span
+from longreach.model.stores import GraphPool, LayerStore, Pool
 from longreach.ops.attention import Layout, TensorEntries, sparse_attention
 from longreach.ops.norm import rms_norm
 from longreach.ops.quant import KV_BLOCK, fp8_roundtrip
@@ -57,7 +57,8 @@ class Attention(nn.Module):
         c = self.config
         table = pass_.table(self.ratio > 1)
         qr = self.q_norm(self.wq_a(x_BTD))
-        q = rms_norm(self.wq_b(qr).unflatten(-1, (c.num_attention_heads, c.head_dim)), None, c.rms_norm_eps)
+        q = self.wq_b(qr).view(*qr.shape[:2], c.num_attention_heads, c.head_dim)
+        q = rms_norm(q, None, c.rms_norm_eps)
         q = apply_rope(q, table.unsqueeze(2))
         kv = self.round_entries(apply_rope(self.kv_norm(self.wkv(x_BTD)), table))
         parts: dict[str, Tensor] = {"q": q, "kv": kv}
@@ -99,7 +100,8 @@ class Attention(nn.Module):
             table = pass_.frequencies(compressed=True)
             entries, new = self.compressor.complete(parts["raw"], span, first_of(store.raw), table, pass_.invariant)
             assert store.entries is not None
-            store.entries.append(self.round_entries(entries)[:, new])
+            if entries.shape[1] or isinstance(store.entries, GraphPool):  # most decoding steps complete no block
+                store.entries.append(self.round_entries(entries)[:, new])
             source = entry_source(store, span.stop // self.ratio)
         if self.kind == "csa":
             self.indexer.extend(parts["index_raw"], span, store, pass_)

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from longreach.model.attention import entry_source, report_selection, span_by_span
-from longreach.model.cache import LATENT_BLOCK
 from longreach.model.config import ModelConfig
 from longreach.model.indexer import select_entries
 from longreach.model.layers import Linear, RMSNorm
 from longreach.model.passing import Pass, Span
+from longreach.model.stores import LATENT_BLOCK
 from longreach.ops.attention import Layout, sparse_attention
 from longreach.ops.quant import fp8_roundtrip, hadamard
 from longreach.ops.rope import apply_rope

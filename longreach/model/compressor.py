@@ -7,14 +7,14 @@ pooling is `ops.compress`. Projections, gates and pooling are float32 whatever t
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longreach.model.cache import GraphRecent, Recent
 from longreach.model.config import ModelConfig
 from longreach.model.layers import Linear, RMSNorm
 from longreach.model.passing import Span
+from longreach.model.stores import GraphRecent, Recent
 from longreach.ops.compress import pool_blocks, pool_overlapping_blocks
+from longreach.ops.linear import linear
 from longreach.ops.rope import apply_rope, rope_table
 
 
@@ -37,8 +37,8 @@ class Compressor(nn.Module):
     def project(self, x_BTD: Tensor, positions: Tensor) -> Tensor:
         """Raw content and gate of every token, `[B, T, 2·channels]` float32 (content first, gate with its `ape`)."""
         wide = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
-        content = F.linear(wide, self.wkv.weight.to(wide.dtype))
-        gate = F.linear(wide, self.wgate.weight.to(wide.dtype)) + self.ape.to(wide.dtype)[positions % self.ratio]
+        content = linear(wide, self.wkv.weight.to(wide.dtype))
+        gate = linear(wide, self.wgate.weight.to(wide.dtype)) + self.ape.to(wide.dtype)[positions % self.ratio]
         return torch.cat([content, gate], dim=-1)
 
     def complete(

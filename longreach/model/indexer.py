@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longreach.model.cache import INDEX_BLOCK, LayerStore
 from longreach.model.compressor import Compressor
 from longreach.model.config import ModelConfig
 from longreach.model.layers import Linear
 from longreach.model.passing import Pass, Span
+from longreach.model.stores import INDEX_BLOCK, GraphPool, LayerStore
 from longreach.ops.index import select_over_blocks
 from longreach.ops.quant import fp4_roundtrip, hadamard
 from longreach.ops.rope import apply_rope
@@ -41,7 +41,7 @@ class Indexer(nn.Module):
     def project(self, x_BTD: Tensor, qr_BTR: Tensor, table: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """Index queries `[B, T, heads, width]`, head weights `[B, T, heads]` and raw keys of every token."""
         c = self.config
-        q = self.wq_b(qr_BTR).unflatten(-1, (c.index_n_heads, c.index_head_dim))
+        q = self.wq_b(qr_BTR).view(*qr_BTR.shape[:2], c.index_n_heads, c.index_head_dim)
         q = self.rotate(apply_rope(q, table.unsqueeze(2)))
         weight = self.weights_proj(x_BTD)
         weight = (weight if weight.dtype == torch.float64 else weight.float()) * self.scale
@@ -56,7 +56,8 @@ class Indexer(nn.Module):
         assert store.index_raw is not None and store.index_entries is not None
         frequencies = pass_.frequencies(compressed=True)
         keys, new = self.compressor.complete(index_raw, span, store.index_raw, frequencies, pass_.invariant)
-        store.index_entries.append(self.rotate(keys)[:, new])
+        if keys.shape[1] or isinstance(store.index_entries, GraphPool):
+            store.index_entries.append(self.rotate(keys)[:, new])
 
     def select(self, q_BTNH: Tensor, weight_BTN: Tensor, span: Span, store: LayerStore) -> Tensor | None:
         """`select_entries` for this layer."""

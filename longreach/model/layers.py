@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longreach.ops.linear import linear
 from longreach.ops.norm import rms_norm
 from longreach.ops.quant import fp8_roundtrip
 
@@ -28,7 +28,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.rounds_input:
             x = fp8_roundtrip(x, FP8_ACTIVATION_BLOCK)
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape

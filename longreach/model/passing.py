@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from longreach.model.cache import LayerStore
 from longreach.model.config import ModelConfig
+from longreach.model.stores import LayerStore
 from longreach.ops.rope import rope_frequencies, rope_table
 
 

@@ -13,8 +13,9 @@ hyper-connections that mHC replaces.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from longreach.ops.linear import linear
 
 
 def hyper_coefficients(
@@ -45,7 +46,7 @@ def hyper_coefficients(
     a_pre, a_post, a_comb = scale.float().unbind()
     pre = torch.sigmoid(a_pre * z_pre + b_pre) + eps
     post = 2 * torch.sigmoid(a_post * z_post + b_post)
-    logits = (a_comb * z_comb + b_comb).unflatten(-1, (n, n))
+    logits = (a_comb * z_comb + b_comb).view(*z.shape[:-1], n, n)
     if not constrained:
         return pre, post, logits
     return pre, post, sinkhorn(logits, iters, eps)
@@ -160,4 +161,4 @@ def _projected(streams_BTnD: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     flat = streams_BTnD.flatten(-2)
     flat = flat if flat.dtype == torch.float64 else flat.float()
     inverse_rms = torch.rsqrt(torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1] + norm_eps)
-    return F.linear(flat, fn.to(flat.dtype)) * inverse_rms
+    return linear(flat, fn.to(flat.dtype)) * inverse_rms

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.index import select_top
+from longreach.ops.linear import linear
 from longreach.ops.quant import fp8_roundtrip
 
 
@@ -70,11 +71,11 @@ def expert(
     """
     if fp8_block:
         x = fp8_roundtrip(x, fp8_block)
-    hidden = clamped_swiglu(F.linear(x, w1), F.linear(x, w3), limit)
+    hidden = clamped_swiglu(linear(x, w1), linear(x, w3), limit)
     if weight is not None:
         hidden = hidden * weight
     hidden = hidden.to(x.dtype)
-    return F.linear(fp8_roundtrip(hidden, fp8_block) if fp8_block else hidden, w2)
+    return linear(fp8_roundtrip(hidden, fp8_block) if fp8_block else hidden, w2)
 
 
 def mixture(

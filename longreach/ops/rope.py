@@ -61,8 +61,8 @@ def apply_rope(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
     rope_dim = 2 * table.shape[-1]
     rotary = x[..., -rope_dim:]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pairs = torch.view_as_complex(rotary.to(wide).unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * (table.conj() if inverse else table)).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(rotary.to(wide).reshape(*x.shape[:-1], -1, 2))
+    turned = torch.view_as_real(pairs * (table.conj() if inverse else table)).view(rotary.shape).to(x.dtype)
     if x.requires_grad and torch.is_grad_enabled():
         return torch.cat([x[..., :-rope_dim], turned], dim=-1)
     rotary.copy_(turned)

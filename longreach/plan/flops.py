@@ -13,7 +13,6 @@ import numpy as np
 
 from longreach.model.config import ModelConfig
 
-
 PARTS = ("projections", "compressors", "index scores", "core attention", "experts", "mhc")
 
 
