@@ -562,18 +562,20 @@ def buffer_stores(
     config: ModelConfig, num_layers: int, batch: int, precision: Precision, device: torch.device, dtype: torch.dtype
 ) -> list[LayerStore]:
     """Stores in place, for inference. Compressor tails are float32 in every precision, as in the released engine."""
+
+    def recent(keep: int, codec: Codec, out: torch.dtype) -> Recent:
+        return Recent(batch, keep, codec, device, out)
+
+    def raw(keep: int, width: int) -> Recent | None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return recent(keep, FloatCodec(width, wide), wide) if width else None
+
     stores = []
     for layer in range(num_layers):
         needs = layer_needs(config, layer)
-
-        def recent(keep: int, codec: Codec, out: torch.dtype) -> Recent:
-            return Recent(batch, keep, codec, device, out)
-
-        def raw(width: int) -> Recent | None:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            return recent(needs.raw_keep, FloatCodec(width, wide), wide) if width else None  # noqa: B023
-
-        store = LayerStore(raw=raw(needs.raw_width), index_raw=raw(needs.index_raw_width))
+        store = LayerStore(
+            raw=raw(needs.raw_keep, needs.raw_width), index_raw=raw(needs.raw_keep, needs.index_raw_width)
+        )
         if needs.window_width:
             store.window = recent(needs.window_keep, kv_codec(config, precision, needs.window_width), dtype)
         if needs.entry_width:
