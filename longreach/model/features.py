@@ -110,8 +110,8 @@ def ordinary(part: Features) -> Features:
     )
 
 
-def concat(parts: list[Features]) -> Features:
-    """Join along the positions; selections may differ in width and are padded with -1."""
+def concat(parts: list[Features], dim: int = 1) -> Features:
+    """Join along the positions (`dim` 1) or the rows (0); selections may differ in width and are padded with -1."""
 
     def layers(name: str, fill: int) -> dict[int, Tensor]:
         keys = sorted({layer for part in parts for layer in getattr(part, name)})
@@ -120,15 +120,15 @@ def concat(parts: list[Features]) -> Features:
             pieces = [getattr(part, name)[layer] for part in parts]
             width = max(piece.shape[-1] for piece in pieces)
             pieces = [F.pad(piece, (0, width - piece.shape[-1]), value=fill) for piece in pieces]
-            out[layer] = torch.cat(pieces, dim=1)
+            out[layer] = torch.cat(pieces, dim=dim)
         return out
 
     def whole(name: str) -> Tensor | None:
         pieces = [getattr(part, name) for part in parts]
-        return None if pieces[0] is None else torch.cat(pieces, dim=1)
+        return None if pieces[0] is None else torch.cat(pieces, dim=dim)
 
     return Features(
-        torch.cat([part.hidden for part in parts], dim=1),
+        torch.cat([part.hidden for part in parts], dim=dim),
         layers("routing", 0),
         layers("router_scores", 0),
         layers("selection", -1),
@@ -169,29 +169,7 @@ def join_rows(rows: list[list[tuple[int, Features]]], T: int) -> Features:
         if at < T:
             pieces.append(_blank(sample, T - at))
         lines.append(concat(pieces))
-    if len(lines) == 1:
-        return lines[0]
-
-    def stack(name: str, fill: int) -> dict[int, Tensor]:
-        out = {}
-        for layer in getattr(lines[0], name):
-            tensors = [getattr(line, name)[layer] for line in lines]
-            width = max(t.shape[-1] for t in tensors)
-            out[layer] = torch.cat([F.pad(t, (0, width - t.shape[-1]), value=fill) for t in tensors])
-        return out
-
-    def whole(name: str) -> Tensor | None:
-        first = getattr(lines[0], name)
-        return None if first is None else torch.cat([getattr(line, name) for line in lines])
-
-    return Features(
-        torch.cat([line.hidden for line in lines]),
-        stack("routing", 0),
-        stack("router_scores", 0),
-        stack("selection", -1),
-        whole("streams"),
-        whole("mtp"),
-    )
+    return lines[0] if len(lines) == 1 else concat(lines, dim=0)
 
 
 def _blank(sample: Features, count: int) -> Features:
