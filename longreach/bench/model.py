@@ -29,7 +29,9 @@ from longreach.checkpoint.save import save_model
 from longreach.errors import RequestError
 from longreach.model.cache import expected_nbytes
 from longreach.model.config import ModelConfig
+from longreach.model.decode import NativeStep
 from longreach.model.transformer import Transformer
+from longreach.native import status
 from longreach.plan.flops import prefill_macs
 from longreach.runtime import choose_device, json_line, set_threads
 
@@ -218,7 +220,9 @@ def _decode(bench: Bench) -> None:
             best[i] = min(best[i], (clock.median, n, clock.other_load))
     torch.set_num_threads(threads)
     rate = bench.record(f"decode_{name}_tok_s", count / best[0][0])
-    line = f"\ndecode behind {name}: {rate:.1f} tok/s on {best[0][1]} thread(s)"
+    bench.record("decode_is_compiled", float(NativeStep.of(bench.model) is not None))
+    bench.say(f"\ncompiled decoding: {'used, ' if bench.figures['decode_is_compiled'] else 'not used, '}{status()}")
+    line = f"decode behind {name}: {rate:.1f} tok/s on {best[0][1]} thread(s)"
     if bench.peer is not None:
         value = bench.record(f"decode_{name}_peer_tok_s", count / best[1][0])
         ratio = bench.record(f"decode_{name}_over_peer", best[1][0] / best[0][0])

@@ -24,12 +24,14 @@ from longreach.errors import RequestError, ShapeError
 from longreach.model.block import Block
 from longreach.model.cache import ContiguousCache
 from longreach.model.config import ModelConfig
+from longreach.model.decode import NativeStep
 from longreach.model.features import KEEP, Features, Part, Request, cut, document_runs, join_rows, ordinary, trim
 from longreach.model.hyper_connection import StreamCollapse, expand_streams
 from longreach.model.layers import RMSNorm
 from longreach.model.mtp import MTPBlock
 from longreach.model.passing import Pass, Span
 from longreach.model.stores import LayerStore, Precision, graph_stores
+from longreach.ops.linear import linear
 
 INVARIANT_TILE = 32
 """Positions per tile of the invariant arithmetic: decoding one token costs a tile, and prefill runs in products of 32 rows."""
@@ -51,7 +53,7 @@ class Head(nn.Module):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         x, weight = hidden.to(wide), self.weight.to(wide)
         if not self.invariant:
-            return F.linear(x, weight)
+            return linear(x, weight)
         # One product per position: hidden states carry no alignment, so no other shape is sure to be the same each time.
         rows = [F.linear(row.unsqueeze(0), weight) for row in x.reshape(-1, x.shape[-1])]
         return torch.cat(rows).view(*x.shape[:-1], -1) if rows else x.new_zeros(*x.shape[:-1], weight.shape[0])
@@ -254,7 +256,13 @@ class Transformer(nn.Module):
                     group.length += new
                 row += group.batch
             if spans:
-                outputs.append(self._pass(ask.part(slice(start, stop)), spans))
+                part = ask.part(slice(start, stop))
+                step = NativeStep.of(self) if T == 1 else None
+                outputs.append(
+                    step.advance(part, spans)
+                    if step is not None and step.suits(part, spans)
+                    else self._pass(part, spans)
+                )
                 if ask.keep_last is not None and ask.lengths is None:
                     outputs = trim(outputs, ask.keep_last)
         return ask.finish(outputs, T)
