@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import islice
+
 import numpy as np
 import pytest
-import torch
 
-from longreach.data.packing import PackedRows, encode_documents
-from longreach.data.sources import read_documents, split_validation
-from longreach.data.stream import TrainingStream, in_order
+from longreach.data import documents as documents_module
+from longreach.data import readers
+from longreach.data.documents import MemoryDocuments, encode_documents, encode_stream
+from longreach.data.packing import PackedRows
+from longreach.data.sources import Source, parse_sources
+from longreach.data.split import Split
+from longreach.data.stream import MixtureStream, in_order
 from longreach.errors import RequestError
 from longreach.tokenizer.bpe import Tokenizer
+
+
+def read_documents(source: str) -> list[str]:
+    """All texts of one source."""
+    return list(Source(source))
+
+
+def split_validation(documents: list[str]) -> tuple[list[str], list[str]]:
+    """(training, validation) of texts in memory."""
+    split = Split.of([documents])
+    return list(split.training(0)), list(split.validation())
 
 
 def test_a_folder_is_read_in_the_order_of_names_without_hidden_and_other_files(tmp_path):
@@ -60,6 +77,145 @@ def test_a_source_without_text_is_refused(tmp_path, name, message):
         read_documents(str(tmp_path / name))
 
 
+def test_a_long_text_file_becomes_documents_cut_after_line_ends_and_none_of_it_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST_DOCUMENT", 7)
+    for text in ("ab\ncdé\nfghijklmnop\nq", "é" * 20, "1234567", "123456\n" * 2, "\n\n€"):
+        (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+        pieces = list(readers.read_text(tmp_path / "long.txt"))
+        assert "".join(pieces) == text
+        assert all(len(piece.encode()) <= 14 for piece in pieces)
+    (tmp_path / "long.txt").write_text("ab\ncdef\ng", encoding="utf-8")
+    assert list(readers.read_text(tmp_path / "long.txt")) == ["ab\n", "cdef\ng"]
+    for content, offset in ((b"123456\xc3\xa9\xff", 8), (b"12345678\xc3", 8), (b"123456\xc3z", 6)):
+        (tmp_path / "long.txt").write_bytes(content)
+        with pytest.raises(RequestError, match=f"long.txt is not UTF-8: byte 0x.. at offset {offset};"):
+            list(readers.read_text(tmp_path / "long.txt"))
+
+
+def test_the_offset_of_a_bad_byte_in_jsonl_counts_from_the_start_of_the_file(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "a\xff"}\n')
+    with pytest.raises(RequestError, match="byte 0xff at offset 26"):
+        read_documents(str(tmp_path / "bad.jsonl"))
+
+
+def test_half_a_surrogate_pair_in_jsonl_is_named_with_its_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "ok"}\n{"text": "a\\ud800"}\n')
+    with pytest.raises(RequestError, match=r"bad\.jsonl line 2 holds half a surrogate pair at character 1"):
+        read_documents(str(tmp_path / "bad.jsonl"))
+
+
+# ---- the command line's way to name sources -------------------------------------------------------------------------
+
+
+def test_a_source_may_have_a_weight_and_a_path_may_have_an_at_sign(tmp_path):
+    for name in ("notes.txt", "a@2"):
+        (tmp_path / name).write_text("text")
+    notes, odd = str(tmp_path / "notes.txt"), str(tmp_path / "a@2")
+    assert parse_sources([notes, "stdlib"]) == [Source(notes), Source("stdlib")]
+    assert parse_sources([f"{notes}@3", "stdlib@0.5"]) == [Source(notes, 3.0), Source("stdlib", 0.5)]
+    assert parse_sources([odd]) == [Source(odd)]
+    assert parse_sources([f"{odd}@4"], "body") == [Source(odd, 4.0, "body")]
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([], "--data is missing; give a text file"),
+        (["absent"], "--data absent does not exist; give .*nothing is downloaded"),
+        (["absent@2"], "--data absent does not exist"),
+        (["stdlib@much"], "--data stdlib@much does not exist"),
+        (["stdlib@0"], "--data stdlib@0: the weight after @ must be a number above 0"),
+        (["stdlib@-1"], "the weight after @"),
+        (["stdlib@inf"], "the weight after @"),
+        (["stdlib@nan"], "the weight after @"),
+        (["stdlib@1", "tests"], "--data tests has no weight but others have; .* as in tests@1"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(specs, message, request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+    with pytest.raises(RequestError, match=message) as refused:
+        parse_sources(specs)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_field_of_the_text_can_be_named(tmp_path):
+    (tmp_path / "pages.jsonl").write_text('{"text": "wrong", "body": "right"}\n')
+    assert list(Source(str(tmp_path / "pages.jsonl"), text_field="body")) == ["right"]
+    with pytest.raises(RequestError, match='an object with a string under "content"'):
+        list(Source(str(tmp_path / "pages.jsonl"), text_field="content"))
+
+
+def test_parquet_files_are_read_by_column_alone_and_inside_a_folder(tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet needs the data extra")
+    write_parquet(tmp_path / "b.parquet", {"n": [1, 2, 3, 4], "text": ["one", None, "", "four"]})
+    (tmp_path / "a.txt").write_text("zero")
+    assert read_documents(str(tmp_path / "b.parquet")) == ["one", "four"]
+    assert read_documents(str(tmp_path)) == ["zero", "one", "four"]
+
+
+def test_parquet_errors_are_one_line_with_the_name_of_the_file(tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet needs the data extra")
+    path = tmp_path / "x.parquet"
+    write_parquet(path, {"body": ["a"], "text": [1]})
+    for field, message in (
+        ("content", r"x\.parquet has no column 'content', only body, text; name one with --text-field"),
+        ("text", r"x\.parquet: column 'text' holds int64, not text"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            list(Source(str(path), text_field=field))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(RequestError, match=r"x\.parquet is not a Parquet file that can be read") as refused:
+        list(Source(str(path)))
+    assert "\n" not in str(refused.value)
+
+
+def test_bytes_that_are_not_utf8_in_parquet_are_named_by_row(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="Parquet needs the data extra")
+    from pyarrow import parquet
+
+    broken = arrow.Array.from_buffers(arrow.string(), 2, arrow.array([b"ok", b"a\xff"], arrow.binary()).buffers())
+    parquet.write_table(arrow.table({"text": broken}), tmp_path / "x.parquet")
+    with pytest.raises(RequestError, match=r"x\.parquet row 2 is not UTF-8"):
+        read_documents(str(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize(("library", "name"), [("pyarrow", "x.parquet"), ("datasets", "saved")])
+def test_without_the_library_the_line_says_how_to_get_it(tmp_path, monkeypatch, library, name):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RequestError, match=rf"{name} cannot be read: {library} is not installed \(pip install 'longr"):
+        read_documents(str(tmp_path / name))
+
+
+def test_a_saved_dataset_is_read_and_its_splits_are_named(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="saved datasets need the data extra")
+    one = datasets.Dataset.from_dict({"text": ["first", None, "third"], "id": [1, 2, 3]})
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "saved"))
+    assert read_documents(str(tmp_path / "saved" / "train")) == ["first", "third"]
+    with pytest.raises(
+        RequestError, match=r"^[^:]*saved holds the splits train, test; give one of them, as in .*saved/train"
+    ):
+        read_documents(str(tmp_path / "saved"))
+    with pytest.raises(RequestError, match=r"^[^:]*train has no column 'body', only text, id"):
+        list(Source(str(tmp_path / "saved" / "train"), text_field="body"))
+    (tmp_path / "saved" / "train" / "state.json").unlink()
+    with pytest.raises(RequestError, match="train is not a dataset that can be read") as refused:
+        read_documents(str(tmp_path / "saved" / "train"))
+    assert "\n" not in str(refused.value)
+
+
+def write_parquet(path, columns):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table(columns), path)
+
+
+# ---- what is held out -----------------------------------------------------------------------------------------------
+
+
 def test_stdlib_is_the_library_without_its_tests_in_a_fixed_order():
     documents = read_documents("stdlib")
     assert 300 < len(documents) < 2000
@@ -67,7 +223,7 @@ def test_stdlib_is_the_library_without_its_tests_in_a_fixed_order():
     joined = "".join(documents)
     assert "class OrderedDict(dict)" in joined
     assert "class Tensor(torch" not in joined, "site-packages are not the library"
-    assert documents == read_documents("stdlib")
+    assert documents[:50] == list(islice(Source("stdlib"), 50))
 
 
 def test_the_held_out_documents_do_not_depend_on_what_else_the_corpus_holds():
@@ -89,9 +245,45 @@ def test_copies_of_a_document_are_never_on_both_sides():
 
 def test_even_one_document_leaves_something_to_train_and_something_to_validate():
     assert split_validation(["0123456789" * 2]) == (["012345678901234567"], ["89"])
-    assert split_validation(["same", "same"]) == (["same"], ["same"])
+    assert split_validation(["same", "same"]) == (["same", "sam"], ["e"])
+    assert split_validation(["x"]) == (["x"], ["x"])
     training, validation = split_validation(["one", "two"])
     assert len(training) == len(validation) == 1
+
+
+def test_several_sources_are_divided_as_one_and_each_keeps_something_to_train_on():
+    many = [f"document number {i}" for i in range(2000)]
+    whole = Split.of([many])
+    held_out = set(whole.validation())
+    doomed = next(text for text in many if text in held_out)  # a source of this alone would lose everything
+    split = Split.of([many[:1000], many[1000:], [doomed]])
+    assert list(split.training(0)) + list(split.training(1)) == list(whole.training(0))
+    cut = len(doomed) - len(doomed) // 10
+    assert list(split.training(2)) == [doomed[:cut]]
+    assert list(split.validation()) == [*whole.validation(), doomed[cut:]]
+
+
+def test_texts_are_encoded_in_portions_without_reading_ahead(monkeypatch):
+    tokenizer = Tokenizer.train(["some text"], vocab_size=300)
+    monkeypatch.setattr(documents_module, "_ENCODE_AT_ONCE", 5)
+    read = []
+    stream = encode_stream((read.append(i) or f"text {i}" for i in range(12)), tokenizer)
+    for count in (5, 5, 5, 5, 5, 10, 10):
+        next(stream)
+        assert len(read) == count
+    assert len(list(stream)) == 5
+    monkeypatch.setattr(documents_module, "_CHARACTERS_AT_ONCE", 11)
+    read.clear()
+    next(encode_stream((read.append(i) or f"text {i}" for i in range(12)), tokenizer))
+    assert len(read) == 2, "long texts make smaller portions"
+    whole = encode_documents([f"text {i}" for i in range(12)], tokenizer)
+    for at_once in (1, 2, 64):
+        monkeypatch.setattr(documents_module, "_ENCODE_AT_ONCE", at_once)
+        again = encode_documents([f"text {i}" for i in range(12)], tokenizer)
+        assert [ids.tolist() for ids in again] == [ids.tolist() for ids in whole]
+
+
+# ---- rows and batches -----------------------------------------------------------------------------------------------
 
 
 def test_documents_are_packed_end_to_end_with_their_numbers():
@@ -112,48 +304,9 @@ def test_each_document_begins_with_bos_and_ends_with_eos_and_typed_marks_stay_te
     assert (ids[1:-1] > 17).all()
 
 
-def test_one_pass_predicts_every_token_once():
-    documents = [np.arange(start, start + length) for start, length in [(0, 30), (100, 17), (200, 34)]]
-    stream = TrainingStream(documents, seq_len=9, rows_per_batch=2, seed=3)
-    assert stream.rows_per_pass == 10
-    targets = torch.cat([stream.batch(step).tokens[:, 1:] for step in range(5)]).flatten().tolist()
-    every = {int(token) for document in documents for token in document}
-    assert len(targets) == len(set(targets)) == 80
-    assert set(targets) < every
-    assert len(every - set(targets)) == 1, "only the very first token of a pass has nothing before it"
-
-
-def test_a_batch_depends_on_seed_and_step_only():
-    documents = [np.arange(i, i + 40) for i in range(0, 400, 40)]
-    walked = TrainingStream(documents, seq_len=8, rows_per_batch=3, seed=1)
-    batches = [walked.batch(step) for step in range(50)]
-    for step in (49, 0, 20, 33):
-        jumped = TrainingStream(documents, seq_len=8, rows_per_batch=3, seed=1).batch(step)
-        assert torch.equal(jumped.tokens, batches[step].tokens)
-        assert torch.equal(jumped.documents, batches[step].documents)
-    other = TrainingStream(documents, seq_len=8, rows_per_batch=3, seed=2).batch(0)
-    assert not torch.equal(other.tokens, batches[0].tokens)
-
-
-def test_passes_differ_in_order():
-    documents = [np.arange(i, i + 40) for i in range(0, 400, 40)]
-    stream = TrainingStream(documents, seq_len=8, rows_per_batch=stream_rows(documents, 8), seed=1)
-    assert not torch.equal(stream.batch(0).tokens, stream.batch(1).tokens)
-
-
-def stream_rows(documents: list[np.ndarray], seq_len: int) -> int:
-    return TrainingStream(documents, seq_len, 1, 0).rows_per_pass
-
-
-def test_a_batch_larger_than_the_data_is_filled_from_several_passes():
-    stream = TrainingStream([np.arange(20)], seq_len=10, rows_per_batch=7, seed=0)
-    assert stream.batch(0).tokens.shape == (7, 10)
-    assert torch.equal(stream.batch(4).tokens, stream.batch(4).tokens)
-
-
 def test_data_shorter_than_a_row_is_refused_for_training_and_cut_short_for_validation():
     with pytest.raises(RequestError, match="5 tokens, fewer than one row of 8"):
-        TrainingStream([np.arange(5)], seq_len=8, rows_per_batch=1, seed=0)
+        MixtureStream([MemoryDocuments([np.arange(5)])], seed=0).next_batch(1, 8)
     (batch,) = in_order([np.arange(5)], seq_len=8, rows_per_batch=4, max_tokens=100)
     assert batch.tokens.tolist() == [[0, 1, 2, 3, 4]]
 
@@ -161,3 +314,16 @@ def test_data_shorter_than_a_row_is_refused_for_training_and_cut_short_for_valid
 def test_validation_stops_at_its_token_limit():
     batches = list(in_order([np.arange(1000)], seq_len=10, rows_per_batch=4, max_tokens=60))
     assert sum(batch.tokens.numel() for batch in batches) == 60
+
+
+def test_validation_reads_no_more_documents_than_it_needs():
+    read = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    batches = list(in_order(Counted(np.arange(30) for _ in range(100)), seq_len=10, rows_per_batch=4, max_tokens=60))
+    assert sum(batch.tokens.numel() for batch in batches) == 60
+    assert read == [0, 1]

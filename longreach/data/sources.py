@@ -1,20 +1,24 @@
-"""Where text comes from: a file, a folder of text files, a JSONL file, or `stdlib`, the sources of Python itself.
+"""Where text comes from, as named on the command line: `--data SOURCE…`, each with a weight or none with one.
 
-    read_documents("stdlib")           12 MB of code that every machine with Python has
-    read_documents("corpus/")          every text file below, in the order of their names
-    read_documents("pages.jsonl")      one {"text": …} per line
+    stdlib                           12 MB of code that every machine with Python has: Python's own library
+    notes.txt  pages.jsonl  c4.parquet
+    corpus/                          every file of these kinds below, in the order of their names
+    saved/                           a Hugging Face dataset written by save_to_disk; nothing is ever downloaded
+    code/@3 pages.jsonl@1            of every four tokens three are code, however long the two are
 
-The order depends on names only, so the same data gives the same run on any machine.
+Without weights a source counts by its size, so that all are seen equally often. The order depends on names only, so the
+same data gives the same run on any machine. Texts of white space alone are left out.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from longreach.data.readers import is_saved_dataset, read_dataset, read_jsonl, read_parquet, read_text
 from longreach.errors import RequestError
 
 TEXT_SUFFIXES = (
@@ -23,55 +27,94 @@ TEXT_SUFFIXES = (
 )  # fmt: skip
 """What counts as text inside a folder; a file named on its own may have any name."""
 
+PREPARED = "longreach-corpus.json"
+"""The file that marks a folder as a corpus already turned into tokens (data/corpus.py)."""
+
+_ALLOWED = "give a text file, a folder, a .jsonl or .parquet file, a saved dataset, or stdlib"
 _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def read_documents(source: str) -> list[str]:
-    """All non-empty documents of a source, in a fixed order.
+@dataclass(frozen=True)
+class Source:
+    """One place that texts come from. Iterating reads it; it may be iterated any number of times."""
 
-    Args:
-        source: `stdlib`, or a path to a text file, a `.jsonl` file, or a folder of either.
+    name: str
+    """`stdlib` or a path."""
+    weight: float | None = None
+    """Share of the tokens relative to the other sources; None: by size."""
+    text_field: str = "text"
+    """Where the text is in a JSONL object, a Parquet file or a dataset."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Its texts, in a fixed order.
+
+        Raises:
+            RequestError: no text in it, or something that cannot be read, named with file and place.
+        """
+        empty = True
+        for text in self._texts():
+            if text.strip():
+                empty = False
+                yield text
+        if empty:
+            raise RequestError(f"--data {self.name} holds no text")
+
+    def _texts(self) -> Iterator[str]:
+        if self.name == "stdlib":
+            for path in _stdlib_files():
+                yield from read_text(path)
+            return
+        root = Path(self.name)
+        if (root / PREPARED).is_file():
+            raise RequestError(
+                f"--data {root} is a prepared corpus, tokens and no text; give it alone, without a weight"
+            )
+        if is_saved_dataset(root):
+            yield from read_dataset(root, self.text_field)
+            return
+        for path in _files(root):
+            match path.suffix.lower():
+                case ".jsonl":
+                    yield from read_jsonl(path, self.text_field)
+                case ".parquet":
+                    yield from read_parquet(path, self.text_field)
+                case _:
+                    yield from read_text(path)
+
+
+def parse_sources(specs: Sequence[str], text_field: str = "text") -> list[Source]:
+    """The sources that `PATH` or `PATH@WEIGHT` name. A path that exists as it is written has no weight in it.
 
     Raises:
-        RequestError: nothing there, no text in it, or bytes that are not UTF-8 (named with file and offset).
+        RequestError: none given, one that does not exist, a weight that is not above 0, or weights for some only.
     """
-    if source == "stdlib":
-        documents = [_read_text(path) for path in _stdlib_files()]
-    else:
-        documents = []
-        for path in _files(Path(source)):
-            documents.extend(_read_jsonl(path) if path.suffix == ".jsonl" else [_read_text(path)])
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise RequestError(f"--data {source} holds no text")
-    return documents
+    if not specs:
+        raise RequestError(f"--data is missing; {_ALLOWED}")
+    sources = [_parse(spec, text_field) for spec in specs]
+    bare = [source.name for source in sources if source.weight is None]
+    if bare and len(bare) < len(sources):
+        raise RequestError(f"--data {bare[0]} has no weight but others have; give every source one, as in {bare[0]}@1")
+    return sources
 
 
-def split_validation(documents: list[str], share: float = 0.02) -> tuple[list[str], list[str]]:
-    """Set aside about `share` of the documents for validation, chosen by a hash of their text.
-
-    A document is on the same side in every run, whatever else the corpus holds, and a copy of it is never on both. A
-    corpus too small for its hash to choose any gives up its lowest hash; one of a single document, its last tenth.
-
-    Returns:
-        (training, validation), neither empty, both in the given order.
-    """
-    if len(documents) == 1:
-        text = documents[0]
-        cut = len(text) - max(1, len(text) // 10)
-        return ([text[:cut]], [text[cut:]]) if cut else ([text], [text])
-    hashes = {document: _unit_hash(document) for document in documents}
-    threshold = max(share, min(hashes.values()))
-    held_out = {document for document, value in hashes.items() if value <= threshold}
-    training = [document for document in documents if document not in held_out]
-    if not training:  # every document is a copy of one text
-        return documents[1:], documents[:1]
-    return training, [document for document in hashes if document in held_out]
+def _parse(spec: str, text_field: str) -> Source:
+    name, at, number = spec.rpartition("@")
+    if at and name and not Path(spec).exists():
+        try:
+            weight = float(number)
+        except ValueError:
+            pass  # the "@" belongs to a path, and that path is not there
+        else:
+            if not 0 < weight < math.inf:
+                raise RequestError(f"--data {spec}: the weight after @ must be a number above 0")
+            return Source(_existing(name), weight, text_field)
+    return Source(_existing(spec), None, text_field)
 
 
-def _unit_hash(text: str) -> float:
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def _existing(name: str) -> str:
+    if name != "stdlib" and not Path(name).exists():
+        raise RequestError(f"--data {name} does not exist; {_ALLOWED} (nothing is downloaded)")
+    return name
 
 
 def _stdlib_files() -> Iterator[Path]:
@@ -85,42 +128,15 @@ def _stdlib_files() -> Iterator[Path]:
 def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
-    if not root.is_dir():
-        raise RequestError(f"--data {root} does not exist; give a text file, a folder, a .jsonl file, or stdlib")
+    _existing(str(root))
+    suffixes = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
     found = [
         path
         for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl")
+        if path.suffix.lower() in suffixes
         and path.is_file()
         and not any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
     ]
     if not found:
-        raise RequestError(f"--data {root} holds no text files; looked for {' '.join(TEXT_SUFFIXES)} .jsonl")
+        raise RequestError(f"--data {root} holds no text files; looked for {' '.join(suffixes)}")
     return found
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it or leave it out"
-        ) from None
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    # Only "\n" ends a line here: JSON strings may hold U+2028 and its like, which splitlines would cut at.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise RequestError(f'{path} line {number} must be an object with a string under "text"')
-        yield record["text"]
