@@ -11,6 +11,7 @@ the code is the same. Source: DeepSeek-V4 report, section 2.3; official inferenc
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from longreach.model.layers import Linear, RMSNorm
 from longreach.model.passing import Pass, Span
 from longreach.model.stores import GraphPool, LayerStore, Pool
 from longreach.ops.attention import Layout, TensorEntries, sparse_attention
+from longreach.ops.index_loss import index_loss
 from longreach.ops.norm import rms_norm
 from longreach.ops.quant import KV_BLOCK, fp8_roundtrip
 from longreach.ops.rope import apply_rope
@@ -64,11 +66,19 @@ class Attention(nn.Module):
         parts: dict[str, Tensor] = {"q": q, "kv": kv}
         if self.kind in ("csa", "hca"):
             parts["raw"] = self.compressor.project(x_BTD, pass_.positions)
-        if self.kind == "csa":
-            parts |= self.indexer.project(x_BTD, qr, table, pass_.positions)
+        if self.uses_indexer(pass_):
+            with pass_.index_graph():
+                parts |= self.indexer.project(x_BTD, qr, table, pass_.positions)
         out = span_by_span(parts, pass_, self.attend)
         out = apply_rope(out, table.unsqueeze(2), inverse=True)
         return self.project_out(out)
+
+    def uses_indexer(self, pass_: Pass) -> bool:
+        """Dense attention needs no indexer, unless it is to learn or a cache keeps its keys for later calls."""
+        if self.kind != "csa":
+            return False
+        caches = not isinstance(pass_.spans[0].stores[self.layer].index_entries, GraphPool)
+        return caches or not pass_.dense or pass_.wants_index_loss
 
     def project_out(self, o_BTNH: Tensor) -> Tensor:
         """Grouped low-rank output: each group of heads to `o_lora_rank`, all groups together to the model width."""
@@ -103,8 +113,9 @@ class Attention(nn.Module):
             if entries.shape[1] or isinstance(store.entries, GraphPool):  # most decoding steps complete no block
                 store.entries.append(self.round_entries(entries)[:, new])
             source = entry_source(store, span.stop // self.ratio)
-        if self.kind == "csa":
-            self.indexer.extend(parts["index_raw"], span, store, pass_)
+        if "index_raw" in parts:
+            with pass_.index_graph():
+                self.indexer.extend(parts["index_raw"], span, store, pass_)
             if not pass_.dense:
                 forced = (chosen := pass_.selection_for(self.layer, span)) is not None
                 if chosen is None:
@@ -119,7 +130,35 @@ class Attention(nn.Module):
             scale=c.head_dim**-0.5,
             value_dim=c.head_dim,
         )
+        if self.kind == "csa" and pass_.wants_index_loss:
+            self._keep_index_loss(parts, local, source, chosen, layout, span, pass_)
         return sparse_attention(parts["q"], local, source, chosen, self.attn_sink, layout)
+
+    def _keep_index_loss(
+        self,
+        parts: dict[str, Tensor],
+        local: Tensor,
+        source: Pool | TensorEntries | None,
+        chosen: Tensor | None,
+        layout: Layout,
+        span: Span,
+        pass_: Pass,
+    ) -> None:
+        real = span.real  # an invariant tile's padding and repeated tokens teach nothing
+        loss = index_loss(
+            parts["q"][:, real],
+            local,
+            source,
+            self.attn_sink,
+            replace(layout, first_query=span.real_first),
+            parts["index_q"][:, real],
+            parts["index_weight"][:, real],
+            source_of(span.stores[self.layer].index_entries, span.stop // self.ratio),
+            chosen[:, real] if chosen is not None else None,
+            # Dense, the recall costs the top-k of scores that are there anyway; sparse, another dense attention.
+            recall_at=self.config.index_topk if pass_.dense or pass_.wants_index_recall else 0,
+        )
+        pass_.keep_index_loss(self.layer, loss)
 
     def _report_selection(self, chosen: Tensor | None, span: Span, pass_: Pass) -> None:
         if pass_.wants_selection:
@@ -136,11 +175,16 @@ def round_entries(config: ModelConfig, kv: Tensor) -> Tensor:
 
 def entry_source(store: LayerStore, nominal: int) -> Pool | TensorEntries | None:
     """The entries a span may read: `nominal` of them, zeros where they are not complete yet. None if there are none."""
+    return source_of(store.entries, nominal)
+
+
+def source_of(pool: Pool | GraphPool | None, nominal: int) -> Pool | TensorEntries | None:
+    """`entry_source` for any pool of the layer."""
     if nominal == 0:
         return None
-    if isinstance(store.entries, GraphPool):
-        return TensorEntries(store.entries.read(nominal))
-    return store.entries
+    if isinstance(pool, GraphPool):
+        return TensorEntries(pool.read(nominal))
+    return pool
 
 
 def first_of(recent):

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.errors import ShapeError
+from longreach.ops.index_loss import IndexLoss
 
-KEEP = ("routing", "router_scores", "selection", "streams", "mtp")
+KEEP = ("routing", "router_scores", "selection", "streams", "mtp", "index_loss", "index_recall")
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Features:
         streams: `[B, T, n, D]` before the collapse (`[B, T, D]` with plain residuals).
         mtp: `[B, T, D]` hidden states of the MTP block: position t was told token t+1 and predicts token t+2 through
             `model.head`. The last position has no next token and is meaningless.
+        index_loss: CSA layer → loss of its indexer, summed over the queries of all rows and documents. Its gradient
+            reaches the indexer alone. It has the recall if that was asked for or attention was dense.
     """
 
     hidden: Tensor
@@ -35,6 +38,7 @@ class Features:
     selection: dict[int, Tensor] = field(default_factory=dict)
     streams: Tensor | None = None
     mtp: Tensor | None = None
+    index_loss: dict[int, IndexLoss] = field(default_factory=dict)
 
 
 @dataclass
@@ -107,6 +111,7 @@ def ordinary(part: Features) -> Features:
         {k: v.clone() for k, v in part.selection.items()},
         part.streams.clone() if part.streams is not None else None,
         part.mtp.clone() if part.mtp is not None else None,
+        {k: v.map(Tensor.clone) for k, v in part.index_loss.items()},
     )
 
 
@@ -134,11 +139,21 @@ def concat(parts: list[Features], dim: int = 1) -> Features:
         layers("selection", -1),
         whole("streams"),
         whole("mtp"),
+        summed([part.index_loss for part in parts]),
     )
 
 
+def summed(parts: list[dict[int, IndexLoss]]) -> dict[int, IndexLoss]:
+    """Layer by layer."""
+    out: dict[int, IndexLoss] = {}
+    for part in parts:
+        for layer, loss in part.items():
+            out[layer] = out[layer] + loss if layer in out else loss
+    return out
+
+
 def cut(part: Features, cols: slice) -> Features:
-    """Only these columns."""
+    """Only these columns. The index loss never had others: it is of real tokens."""
     return Features(
         part.hidden[:, cols],
         {k: v[:, cols] for k, v in part.routing.items()},
@@ -146,6 +161,7 @@ def cut(part: Features, cols: slice) -> Features:
         {k: v[:, cols] for k, v in part.selection.items()},
         part.streams[:, cols] if part.streams is not None else None,
         part.mtp[:, cols] if part.mtp is not None else None,
+        part.index_loss,
     )
 
 
@@ -218,3 +234,15 @@ def document_runs(
         edges = [*starts[row, :end].nonzero().flatten().tolist(), end]
         runs += [(row, a, b) for a, b in pairwise(edges)]
     return runs
+
+
+def side_by_side(runs: list[tuple[int, int, int]]) -> list[tuple[tuple[int, int], int, int]]:
+    """Documents that fill the same columns of neighbouring rows, together: ((first row, row after), start, stop)."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for row, start, stop in runs:
+        blocks = found.setdefault((start, stop), [])
+        if blocks and blocks[-1][1] == row:
+            blocks[-1] = blocks[-1][0], row + 1
+        else:
+            blocks.append((row, row + 1))
+    return [(rows, start, stop) for (start, stop), blocks in found.items() for rows in blocks]

@@ -4,7 +4,8 @@
     I[t, s] = Σ_h w_h relu(q_h · k_s);   the query keeps its `index_topk` best visible entries, ties to the lowest index
 
 `rotate` is the Hadamard rotation and the 4-bit rounding of the released code (`numerics="official"`); without rounding the
-rotation changes nothing and is left out. Selection carries no gradient. Source: DeepSeek-V4 report, equations 13 to 17.
+rotation changes nothing and is left out. Selection carries no gradient, and the loss that teaches it (`ops.index_loss`)
+ends at the indexer's own weights: its inputs are cut off. Source: DeepSeek-V4 report, equations 13 to 17.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Indexer(nn.Module):
     def project(self, x_BTD: Tensor, qr_BTR: Tensor, table: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """Index queries `[B, T, heads, width]`, head weights `[B, T, heads]` and raw keys of every token."""
         c = self.config
+        x_BTD, qr_BTR = x_BTD.detach(), qr_BTR.detach()
         q = self.wq_b(qr_BTR).view(*qr_BTR.shape[:2], c.index_n_heads, c.index_head_dim)
         q = self.rotate(apply_rope(q, table.unsqueeze(2)))
         weight = self.weights_proj(x_BTD)

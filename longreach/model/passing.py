@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longreach.model.config import ModelConfig
 from longreach.model.stores import LayerStore
+from longreach.ops.index_loss import IndexLoss
 from longreach.ops.rope import rope_frequencies, rope_table
 
 
@@ -62,9 +63,12 @@ class Pass:
     wants_routing: bool = False
     wants_selection: bool = False
     wants_scores: bool = False
+    wants_index_loss: bool = False
+    wants_index_recall: bool = False
     routing: dict[int, Tensor] = field(default_factory=dict)
     router_scores: dict[int, Tensor] = field(default_factory=dict)
     selection: dict[int, Tensor] = field(default_factory=dict)
+    index_loss: dict[int, IndexLoss] = field(default_factory=dict)
     _tables: dict[bool, Tensor] = field(default_factory=dict)
     _frequencies: dict[bool, Tensor] = field(default_factory=dict)
     _positions: Tensor | None = None
@@ -118,6 +122,14 @@ class Pass:
             self.routing[layer] = chosen.detach()
         if self.wants_scores:
             self.router_scores[layer] = scores
+
+    def index_graph(self) -> torch.set_grad_enabled:
+        """The context indexers run in: their outputs carry a gradient into their own loss and nowhere else."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.wants_index_loss)
+
+    def keep_index_loss(self, layer: int, loss: IndexLoss) -> None:
+        """Add one span's loss to its layer's."""
+        self.index_loss[layer] = self.index_loss[layer] + loss if layer in self.index_loss else loss
 
     def keep_selection(self, layer: int, span: Span, chosen: Tensor) -> None:
         """Record int `[b, t, k]` entries (-1 for none) of one span."""

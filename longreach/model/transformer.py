@@ -25,7 +25,18 @@ from longreach.model.block import Block
 from longreach.model.cache import ContiguousCache
 from longreach.model.config import ModelConfig
 from longreach.model.decode import NativeStep
-from longreach.model.features import KEEP, Features, Part, Request, cut, document_runs, join_rows, ordinary, trim
+from longreach.model.features import (
+    KEEP,
+    Features,
+    Part,
+    Request,
+    cut,
+    document_runs,
+    join_rows,
+    ordinary,
+    side_by_side,
+    trim,
+)
 from longreach.model.hyper_connection import StreamCollapse, expand_streams
 from longreach.model.layers import RMSNorm
 from longreach.model.mtp import MTPBlock
@@ -165,7 +176,8 @@ class Transformer(nn.Module):
             routing: layer → experts to use instead of the router's choice, int64 `[B, T, K]`.
             selection: CSA layer → entries to attend to instead of the indexer's choice, int `[B, T, k]`, -1 for none.
             attention: "dense" lets CSA layers attend to every visible entry and skips the selection.
-            keep: which extras to return, of "routing", "router_scores", "selection", "streams", "mtp".
+            keep: which extras to return, of "routing", "router_scores", "selection", "streams", "mtp", "index_loss" and
+                "index_recall" (the index loss with its recall, which in sparse attention costs a dense one).
 
         Raises:
             ShapeError, RequestError: as in `forward`; also positions, documents or extras that do not fit.
@@ -209,13 +221,10 @@ class Transformer(nn.Module):
             cache = self.new_cache(B, "float32" if self.dtype != torch.bfloat16 else "bfloat16")
             cache.reserve(T)
             return self._run_cached(ask, cache)
-        if whole:
-            spans = [Span(slice(0, B), slice(0, T), 0, slice(0, T), self._graph_stores())]
-        else:
-            spans = [
-                Span(slice(row, row + 1), slice(start, stop), 0, slice(0, stop - start), self._graph_stores())
-                for row, start, stop in runs
-            ]
+        spans = [
+            Span(slice(*rows), slice(start, stop), 0, slice(0, stop - start), self._graph_stores())
+            for rows, start, stop in side_by_side(runs)
+        ]
         out = self._pass(ask.part(slice(0, T)), spans)
         return ask.finish([out], T)
 
@@ -300,6 +309,8 @@ class Transformer(nn.Module):
             wants_routing="routing" in part.keep,
             wants_scores="router_scores" in part.keep,
             wants_selection="selection" in part.keep,
+            wants_index_loss="index_loss" in part.keep or "index_recall" in part.keep,
+            wants_index_recall="index_recall" in part.keep,
         )
         x = self.embed(part.tokens)
         if c.has_streams:
@@ -312,6 +323,7 @@ class Transformer(nn.Module):
         if "streams" in part.keep:
             out.streams = x
         out.routing, out.router_scores, out.selection = pass_.routing, pass_.router_scores, pass_.selection
+        out.index_loss = pass_.index_loss
         return out
 
     # ---- checks -----------------------------------------------------------------------------------------------------
@@ -350,6 +362,9 @@ class Transformer(nn.Module):
             raise RequestError(
                 f"{longest} tokens are more than this model's context of {c.max_position_embeddings}; shorten the prompt"
             )
+        layers = range(c.num_hidden_layers + (c.num_nextn_predict_layers if "mtp" in keep else 0))
+        if {"index_loss", "index_recall"} & set(keep) and not any(c.layer_kind(i) == "csa" for i in layers):
+            raise ShapeError("this model has no CSA layer, so there is no indexer and no index loss to keep")
         if "mtp" in keep and not self.mtp:
             raise ShapeError("this model has no MTP block; make one with num_nextn_predict_layers=1")
         if "mtp" in keep and cache is not None:
