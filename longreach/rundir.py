@@ -26,7 +26,7 @@ class RunDirectory:
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.model_dir = self.path / "model"
-        self.state_path = self.path / "state" / "training.pt"
+        self.state_dir = self.path / "state"
         self.tokenizer_path = self.path / "state" / "tokenizer.json"
 
     def check_new(self) -> None:

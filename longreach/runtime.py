@@ -211,3 +211,30 @@ def total_memory_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, budget_s: float = 3.0) -> float:
+    """FLOP/s of the best large square matmul of this type with the threads in use."""
+    import torch
+
+    best, start = 0.0, time.perf_counter()
+    sizes = (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192)
+    while True:
+        for size in sizes:
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            torch.mm(a, b)
+            synchronise(device)
+            began = time.perf_counter()
+            torch.mm(a, b)
+            synchronise(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+        if time.perf_counter() - start > budget_s:
+            return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; nothing on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

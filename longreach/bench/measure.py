@@ -1,8 +1,9 @@
-"""Honest measuring: who else used the machine, how much memory a call added, how fast a large matmul can be."""
+"""Honest measuring: who else used the machine, how much memory a call added; the figures of a run and how it prints them."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from longreach.runtime import busy_and_own_seconds
+from longreach.runtime import busy_and_own_seconds, matmul_peak, synchronise
+
+__all__ = ["Clock", "Record", "extra_bytes", "limit_memory", "matmul_peak", "peak_bytes", "short", "synchronise"]
 
 
 @dataclass
@@ -43,26 +46,42 @@ class Clock:
         return statistics.mean(self.others) if self.others else float("nan")
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@dataclass
+class Record:
+    """What every bench keeps of its run: the figures found so far, and the load that other processes put on it."""
+
+    device: torch.device
+    repeats: int
+    figures: dict[str, float] = field(default_factory=dict, kw_only=True)
+    loads: list[float] = field(default_factory=list, kw_only=True)
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stdout, flush=True)
+
+    def record(self, name: str, value: float) -> float:
+        self.figures[name] = value
+        return value
+
+    def alternate(self, *calls: Callable[[], object]) -> list[Clock]:
+        """Run the calls in turn, `repeats` times."""
+        clocks = [Clock() for _ in calls]
+        for _ in range(self.repeats):
+            for call, clock in zip(calls, clocks, strict=True):
+                with clock.measure(self.device):
+                    call()
+        self.loads += [load for clock in clocks for load in clock.others]
+        return clocks
+
+    def say_load(self) -> None:
+        """Record and print how busy others kept the machine."""
+        known = [load for load in self.loads if load == load]
+        load = self.record("other_load", statistics.mean(known) if known else float("nan"))
+        self.say(f"\nother processes used {load:.2f} CPUs on average during the measurements")
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, budget_s: float = 3.0) -> float:
-    """FLOP/s of the best large square matmul of this type with the threads in use."""
-    best, start = 0.0, time.perf_counter()
-    sizes = (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192)
-    while True:
-        for size in sizes:
-            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-            torch.mm(a, b)
-            synchronise(device)
-            began = time.perf_counter()
-            torch.mm(a, b)
-            synchronise(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
-        if time.perf_counter() - start > budget_s:
-            return best
+def short(tokens: int) -> str:
+    """4096 as 4k, 300 as 300."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 def extra_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -81,6 +100,23 @@ def extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     held = _status_bytes("VmRSS")
     call()
     return _status_bytes("VmHWM") - held
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory in use during the last `extra_bytes`: of the process, libraries included, or on the GPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def limit_memory(device: torch.device, fraction: float = 0.8) -> None:
+    """Let this process ask for at most this much of what memory is free now: it then fails, and nobody else does."""
+    with suppress(OSError, ImportError, StopIteration):  # elsewhere than on Linux it stays unlimited
+        if device.type == "cpu":
+            import resource
+
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+            limit = _status_bytes("VmSize") + int(fraction * free)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _status_bytes(key: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from longreach.runtime import log
 
@@ -54,11 +55,23 @@ class TrainingProgress:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, step: int, total: int, loss: float, tokens_per_s: float, seconds_left: float) -> None:
-        """Show the state after `step` steps of `total`."""
-        figures = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {duration(seconds_left)} left"
+    def show(self, step: int, total: int, figures: str, seconds_left: float) -> None:
+        """Show the state after `step` steps of `total`; `figures` is one line without the time left."""
+        line = f"{figures}  {duration(seconds_left)} left"
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=step, total=total, description=figures)
+            self._live.update(self._task, completed=step, total=total, description=line)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S or step == total:
             self._last_line = time.monotonic()
-            log.info("step %d/%d  %s", step, total, figures)
+            log.info("step %d/%d  %s", step, total, line)
+
+
+def figures_line(record: dict[str, Any]) -> str:
+    """The record of a step in one line: loss, speed, share of the machine's peak, expert balance, indexer."""
+    parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_s']:,.0f} tokens/s"]
+    if record.get("mfu"):
+        parts.append(f"MFU {record['mfu']:.0%}")
+    if record.get("expert_balance"):
+        parts.append(f"busiest expert {record['expert_balance']:.2f}x")
+    if record.get("index_recall") is not None:
+        parts.append(f"indexer recall {record['index_recall']:.0%}")
+    return "  ".join(parts)

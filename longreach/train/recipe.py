@@ -1,6 +1,6 @@
 """What a pretraining run is asked to be: the command's options, and the recipe they resolve to.
 
-The recipe is what a resumed run must share with its beginning; RUN/config.json holds it. Budget, threads and device may
+The recipe is what a resumed run must share with its beginning; RUN/config.json holds it. Length, threads and device may
 differ from one sitting to the next.
 """
 
@@ -8,50 +8,89 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longreach.errors import RequestError
 from longreach.model.config import ModelConfig
-from longreach.train.schedule import Budget
+from longreach.train.schedule import Schedule, parse_stages
 
-PEAK_LR_AT_128 = 0.008
+PEAK_LR_AT_128 = {"muon": 0.02, "adamw": 0.008}
 """Peak learning rate of a model 128 wide; wider ones take less, by the square root."""
+
+DEFAULT_STAGES = {"tiny": "128@0 512@0.6 2048@0.85"}
+OTHER_STAGES = "512@0 2048@0.6 8192@0.85"
+DEFAULT_BATCH = {"tiny": 2048}
+OTHER_BATCH = 8192
 
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """Train a model from nothing on text.
+    """Train a model from nothing on text, the V4 way.
 
-    Reads text, learns a tokenizer from it, trains, and leaves a run directory: model, metrics, loss curve, and what is
-    needed to go on. Ctrl-C saves first.
+    Reads text, learns a tokenizer from it, trains with Muon along a curriculum of row lengths, switches from dense to
+    sparse attention with a trained indexer, and leaves a run directory: model, metrics, loss curve, and what is needed to
+    go on. Ctrl-C saves first.
     """
 
     out: Path
     """Run directory to make, or with --resume to go on with."""
-    data: str | None = None
-    """A text file, a folder, a .jsonl file with a "text" field, or `stdlib`: the sources of Python's own library."""
+    data: tuple[str, ...] | None = None
+    """Text files, folders, .jsonl, .parquet, saved Hugging Face datasets, a prepared corpus, or `stdlib`: the sources of
+    Python's own library. PATH@WEIGHT weighs several."""
+    text_field: str | None = None
+    """Field of .jsonl records and column of .parquet files that holds the text (default: text)."""
     preset: str | None = None
     """Shape of the model: tiny (default), small, bench."""
     minutes: float | None = None
-    """Train for this long; the learning rate ends on time."""
+    """Train for about this long: turned into steps once, at the start, by timing a few."""
     steps: int | None = None
     """Train for this many steps. Without --minutes and --steps: once through the data."""
-    batch_tokens: int | None = None
-    """Tokens per step (default 1024: on a CPU small steps cost no more per token, and a short run needs many)."""
-    seq_len: int | None = None
-    """Tokens per row (default 128: in a short run more rows teach more than longer ones)."""
+    optimizer: Literal["muon", "adamw"] | None = None
+    """muon (default; AdamW keeps embedding, head and vectors) or adamw for everything."""
     lr: float | None = None
-    """Peak learning rate (default: 0.008 at width 128, falling with the square root of the width)."""
+    """Peak learning rate (default at width 128: 0.02 with muon, 0.008 with adamw; falls with the square root of width)."""
+    batch_tokens: int | None = None
+    """Tokens per step (default 2048 for tiny, 8192 otherwise)."""
+    seq_len: int | None = None
+    """Rows of this length throughout, instead of --stages."""
+    stages: str | None = None
+    """Row lengths, each with the fraction of the run where it begins (default for tiny: 128@0 512@0.6 2048@0.85)."""
+    sparse_at: float | None = None
+    """Fraction of the run where attention becomes sparse (default: where the last stage begins, 0.8 if there is one
+    only; 1 for never)."""
+    indexer_warmup: float | None = None
+    """Fraction of the run in which only the indexer learns, right after --sparse-at (default 0.05)."""
+    decay: float | None = None
+    """Fraction of the run, at its end, over which the learning rate falls to a tenth (default 0.25)."""
+    ramp: float | None = None
+    """Fraction of the run, at its start, over which the batch grows from a quarter to its full size (default 0)."""
+    balance: float | None = None
+    """Weight of the sequence-wise balance loss (default 0.0001)."""
+    fim_rate: float | None = None
+    """Part of the documents whose middle is moved to their end, for filling in (default 0)."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of forward and backward (default float32); the weights that learn are float32 in either."""
+    qat: Literal["plain", "fp8", "fp8-fp4"] | None = None
+    """Train for weights stored in FP8, or FP8 with FP4 experts: forward computes with exactly what would be stored."""
+    anticipatory: Literal["auto", "off", "always"] | None = None
+    """Anticipatory routing: after a loss spike (default), never, or all the time."""
     seed: int | None = None
     """Decides the initial weights and the order of the data (default 0)."""
     tokenizer: Path | None = None
     """A tokenizer.json to use instead of learning one from the data."""
     resume: bool = False
     """Go on with the run in --out: same data, same options, from its last checkpoint."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints (default 100); also how far a run goes back after a loss spike."""
+    eval_every: int | None = None
+    """Steps between validations (default 250); there is always one at the end."""
+    mirror: Literal["none", "tensorboard", "wandb"] = "none"
+    """Send the metrics there as well."""
     threads: int | None = None
-    """CPU threads (default: one per core)."""
+    """CPU threads (default: one per core that others leave free; a resumed run keeps its number)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: bool = False
@@ -62,17 +101,26 @@ class PretrainOptions:
 class Recipe:
     """The options that decide what is learned, all of them filled in."""
 
-    data: str
+    data: tuple[str, ...]
+    text_field: str = "text"
     preset: str = "tiny"
-    batch_tokens: int = 1024
-    seq_len: int = 128
+    optimizer: str = "muon"
     lr: float = 0.0
+    batch_tokens: int = 0
+    stages: str = ""
+    sparse_at: float = 1.0
+    indexer_warmup: float = 0.05
+    decay: float = 0.25
+    ramp: float = 0.0
+    balance: float = 1e-4
+    fim_rate: float = 0.0
+    precision: str = "float32"
+    qat: str = "plain"
+    anticipatory: str = "auto"
     seed: int = 0
     tokenizer: str | None = None
-
-    @property
-    def rows_per_batch(self) -> int:
-        return self.batch_tokens // self.seq_len
+    checkpoint_every: int = 100
+    eval_every: int = 250
 
     @property
     def config(self) -> ModelConfig:
@@ -84,6 +132,18 @@ class Recipe:
         preset = ModelConfig.preset(self.preset)
         return preset.replace(initializer_range=round(preset.hidden_size**-0.5, 4))
 
+    @property
+    def has_indexer(self) -> bool:
+        config = self.config
+        return any(config.layer_kind(layer) == "csa" for layer in range(config.num_hidden_layers))
+
+    def schedule(self, steps: int) -> Schedule:
+        """The run of `steps` steps."""
+        return Schedule(
+            steps, parse_stages(self.stages), self.batch_tokens, self.sparse_at,
+            self.indexer_warmup if self.has_indexer else 0.0, self.decay, self.ramp,
+        )  # fmt: skip
+
 
 def new_recipe(options: PretrainOptions) -> Recipe:
     """Options with the defaults filled in, checked as far as that goes without reading the data.
@@ -91,35 +151,69 @@ def new_recipe(options: PretrainOptions) -> Recipe:
     Raises:
         RequestError, ConfigError: a value that cannot work; the line names the option.
     """
-    if options.data is None:
-        raise RequestError("--data is missing; give a text file, a folder, a .jsonl file, or stdlib")
+    if not options.data:
+        raise RequestError("--data is missing; give a text file, a folder, a .jsonl or .parquet file, or stdlib")
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Recipe)}
     given["tokenizer"] = None if options.tokenizer is None else str(options.tokenizer)
     recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
     config = recipe.config
+    fill: dict[str, Any] = {}
     if options.lr is None:
-        recipe = dataclasses.replace(recipe, lr=round(PEAK_LR_AT_128 * math.sqrt(128 / config.hidden_size), 6))
+        fill["lr"] = round(PEAK_LR_AT_128[recipe.optimizer] * math.sqrt(128 / config.hidden_size), 6)
+    if options.batch_tokens is None:
+        fill["batch_tokens"] = DEFAULT_BATCH.get(recipe.preset, OTHER_BATCH)
+    if options.seq_len is not None:
+        if options.stages is not None:
+            raise RequestError("--seq-len and --stages exclude each other; give one")
+        if not 3 <= options.seq_len <= config.max_position_embeddings:
+            raise RequestError(
+                f"--seq-len {options.seq_len} must be from 3 to {config.max_position_embeddings}, the longest this preset "
+                "allows"
+            )
+        fill["stages"] = f"{options.seq_len}@0"
+    elif options.stages is None:
+        fill["stages"] = DEFAULT_STAGES.get(recipe.preset, OTHER_STAGES)
+    recipe = dataclasses.replace(recipe, **fill)
+    if options.sparse_at is None:
+        stages = parse_stages(recipe.stages)
+        recipe = dataclasses.replace(recipe, sparse_at=stages[-1].start if len(stages) > 1 else 0.8)
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    stages, longest = parse_stages(recipe.stages), recipe.config.max_position_embeddings
     if not 0 < recipe.lr < 1:
         raise RequestError(f"--lr {recipe.lr:g} must be above 0 and below 1")
-    if not 3 <= recipe.seq_len <= config.max_position_embeddings:
+    if (most := max(stage.seq_len for stage in stages)) > longest:
+        raise RequestError(f"--stages: rows of {most} tokens are longer than {longest}, the longest this preset allows")
+    if recipe.batch_tokens < stages[0].seq_len:
         raise RequestError(
-            f"--seq-len {recipe.seq_len} must be from 3 to {config.max_position_embeddings}, the longest this preset allows"
+            f"--batch-tokens {recipe.batch_tokens} must be at least one row of the first stage, {stages[0].seq_len}"
         )
-    if recipe.batch_tokens < recipe.seq_len:
-        raise RequestError(f"--batch-tokens {recipe.batch_tokens} must be at least one row, --seq-len {recipe.seq_len}")
+    for name in ("sparse_at", "indexer_warmup", "decay", "ramp", "fim_rate"):
+        if not 0 <= getattr(recipe, name) <= 1:
+            flag = "--" + name.replace("_", "-")
+            raise RequestError(f"{flag} {getattr(recipe, name):g} is a fraction; give 0 to 1")
+    if recipe.sparse_at < 1 and recipe.sparse_at + recipe.indexer_warmup >= 1:
+        raise RequestError(
+            f"--sparse-at {recipe.sparse_at:g} and --indexer-warmup {recipe.indexer_warmup:g} leave nothing of the run "
+            "for sparse attention; together they must stay below 1"
+        )
+    if not 0 <= recipe.balance < math.inf:
+        raise RequestError(f"--balance {recipe.balance:g} must be 0 or more")
     if recipe.seed < 0:
         raise RequestError(f"--seed {recipe.seed} must not be negative")
-    return recipe
 
 
 def resumed_recipe(options: PretrainOptions, saved: dict[str, Any]) -> Recipe:
     """The recipe a run began with, from its config.json.
 
     Raises:
-        RequestError: an option given again differs from it; only budget, threads and device may be new.
+        RequestError: an option given again differs from it; only length, threads and device may be new.
     """
     try:
-        recipe = Recipe(**{f.name: saved[f.name] for f in dataclasses.fields(Recipe)})
+        recipe = Recipe(**{f.name: _tupled(saved[f.name]) for f in dataclasses.fields(Recipe)})
     except KeyError as missing:
         raise RequestError(f"{options.out} is not a pretraining run: its config.json has no {missing}") from None
     for name, value in dataclasses.asdict(recipe).items():
@@ -127,19 +221,31 @@ def resumed_recipe(options: PretrainOptions, saved: dict[str, Any]) -> Recipe:
         if given is not None and str(given) != str(value):
             flag = "--" + name.replace("_", "-")
             raise RequestError(
-                f"{flag} {given} differs from this run's {value}; leave it out, a resumed run keeps its own"
+                f"{flag} {_shown(given)} differs from this run's {_shown(value)}; leave it out, a resumed run keeps its own"
             )
     return recipe
 
 
-def budget_of(options: PretrainOptions) -> Budget | None:
-    """The budget asked for, None if none was."""
+def check_length(options: PretrainOptions) -> None:
+    """Refuse a length that is none.
+
+    Raises:
+        RequestError: both or neither sensible.
+    """
     if options.steps is not None and options.minutes is not None:
         raise RequestError("--steps and --minutes exclude each other; give one")
     if options.steps is not None and options.steps < 1:
         raise RequestError(f"--steps {options.steps} must be at least 1")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise RequestError(f"--minutes {options.minutes:g} must be above 0")
-    if options.steps is None and options.minutes is None:
-        return None
-    return Budget(options.steps, options.minutes)
+    for name in ("checkpoint_every", "eval_every"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise RequestError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)

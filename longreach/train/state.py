@@ -1,63 +1,96 @@
-"""RUN/state/training.pt: everything a run needs to go on as if it had never stopped, in one file, replaced as a whole.
+"""RUN/state/step-00000100.pt: everything a run needs to go on as if it had never stopped, in one file, written whole.
 
-It holds the weights too, although RUN/model/ has them: the two are written one after the other, and a crash between them
-must not mix the weights of one step with the optimizer of another.
+    weights · optimizer · random state · data position · loss history · routing computed ahead · step and seconds
+
+The file holds the weights too, although RUN/model/ has them: the two are written one after the other, and a crash between
+them must not mix the weights of one step with the optimizer of another. Two regular checkpoints are kept, because a loss
+spike goes back past the last one, and the newest of all if it is not among them.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
-from longreach.errors import RequestError
+from longreach.errors import CheckpointError, RequestError
 
-
-@dataclass
-class Progress:
-    """How far a run has come. Saved with the weights; a resumed run counts on from here."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Time spent in training steps and checkpoints, over all sittings."""
-    data_digest: str = ""
-    """Tells whether the data is still what the run began with."""
+KEPT = 2
 
 
-def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write the state file; a crash leaves the previous one."""
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
-        "random": torch.get_rng_state(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def state_files(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of the checkpoints in a folder, oldest first."""
+    found = [
+        (int(match[1]), path) for path in folder.glob("step-*.pt") if (match := re.match(r"step-(\d+)", path.name))
+    ]
+    return sorted(found)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the saved weights, optimizer and random state in place and return the saved progress.
+def save_state(folder: Path, step: int, state: dict[str, Any], every: int) -> Path:
+    """Write the state of a step; a crash or a full disk leaves the others as they were.
+
+    Args:
+        every: steps between regular checkpoints; the last two of those stay.
 
     Raises:
-        RequestError: there is no state, or it is damaged, or of another model.
+        RequestError: it could not be written.
     """
-    if not path.is_file():
-        raise RequestError(f"{path} is missing: the run stopped before its first checkpoint; delete it and start again")
+    path = folder / f"step-{step:08d}.pt"
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        return Progress(**state["progress"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its archive writer
+        temporary.unlink(missing_ok=True)
+        kept = state_files(folder)
+        last = f"the checkpoint of step {kept[-1][0]} stays" if kept else "there is no earlier checkpoint"
+        raise RequestError(
+            f"{path} could not be written ({_reason(error)}); {last}; free some space and go on with --resume"
+        ) from error
+    regular = [at for at, _ in state_files(folder) if at % every == 0][-KEPT:]
+    for at, old in state_files(folder):
+        if at != step and at not in regular:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The saved state.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in whichever library meets the damage first
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{path} cannot be read ({reason}); the run cannot be resumed from it") from error
+        raise CheckpointError(f"{path} cannot be read ({_reason(error)}); the run cannot be resumed from it") from error
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The state to go on from.
+
+    Raises:
+        RequestError: there is none.
+        CheckpointError: the newest is damaged; the line says what to do.
+    """
+    files = state_files(folder)
+    if not files:
+        raise RequestError(f"{folder} holds no checkpoint: the run stopped before its first; delete it and start again")
+    try:
+        return read_state(files[-1][1])
+    except CheckpointError as error:
+        older = f"; delete that file to go on from step {files[-2][0]}" if len(files) > 1 else ""
+        raise CheckpointError(f"{error}{older}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
