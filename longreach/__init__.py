@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longreach.model.config import ModelConfig
     from longreach.model.hyper_connection import HyperConnection, HyperWrapped
     from longreach.model.transformer import Transformer
+    from longreach.optim.muon import Muon
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "HyperWrapped",
     "LongreachError",
     "ModelConfig",
+    "Muon",
     "Transformer",
     "__version__",
     "load_cache",
@@ -39,6 +41,7 @@ _HOME = {
     "HyperWrapped": "longreach.model.hyper_connection",
     "load_model": "longreach.checkpoint.load",
     "load_cache": "longreach.model.cache",
+    "Muon": "longreach.optim.muon",
     "LongreachError": "longreach.errors",
 }
 

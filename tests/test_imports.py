@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     # the command line names its verbs as text and loads the chosen one
     "cli": {"errors"},
     "__main__": {"cli"},
-    "__init__": {"checkpoint", "errors", "model"},
+    "__init__": {"checkpoint", "errors", "model", "optim"},
 }
 
 # Third-party modules by layer where the list is short on purpose: the mathematics can be read and tested with torch alone.
