@@ -38,11 +38,25 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "pretrain": Command("longreach.train.pretrain", "PretrainOptions", "train a model from nothing on text"),
+    "train-indexer": Command(
+        "longreach.train.train_indexer", "TrainIndexerOptions", "train the indexers of a checkpoint, nothing else"
+    ),
+    "plot": Command("longreach.train.plot", "PlotOptions", "draw the curves of one or several runs"),
     "generate": Command("longreach.generate", "GenerateOptions", "continue a prompt, token by token"),
     "convert": Command("longreach.checkpoint.convert", "ConvertOptions", "rewrite a checkpoint in another layout"),
     "inspect": Command("longreach.checkpoint.inspect", "InspectOptions", "say what a checkpoint holds"),
     "compare": Command("longreach.checkpoint.compare", "CompareOptions", "say whether two checkpoints are the same"),
+    "experiment muon": Command("longreach.journey.experiments.muon", "MuonOptions", "Muon against AdamW, both tuned"),
+    "experiment indexer": Command(
+        "longreach.journey.experiments.indexer", "IndexerOptions", "what a trained indexer keeps of dense attention"
+    ),
+    "experiment lookup": Command(
+        "longreach.journey.experiments.lookup", "LookupOptions", "facts far away, with a trained and a frozen indexer"
+    ),
     "bench model": Command("longreach.bench.model", "BenchOptions", "speed and memory of prefill and decode"),
+    "bench train": Command(
+        "longreach.bench.train", "TrainBenchOptions", "speed and memory of training, and Muon's cost"
+    ),
     "bench cache": Command("longreach.bench.cache", "CacheBenchOptions", "what each storage precision costs and saves"),
 }
 

@@ -60,7 +60,7 @@ def main(options: ConvertOptions) -> int:
     config = read_config(source)
     with Checkpoint.open(source) as checkpoint:
         stored_units = checkpoint.match(config)
-        actual = _format_of(stored_units)
+        actual = format_of(stored_units)
         target = config.replace(weight_format=actual if options.quantize == "keep" else options.quantize)
         log.info(f"reading {source}: {checkpoint.layout} layout, {actual}, {len(checkpoint.tensors):,} tensors")
         report = _convert(checkpoint, stored_units, target, options)
@@ -81,7 +81,7 @@ def _convert(
     checkpoint: Checkpoint, stored_units: list[StoredUnit], target: ModelConfig, options: ConvertOptions
 ) -> dict:
     check_encodable(target)
-    plain_dtype = "BF16" if target.weight_format != "plain" else _plain_dtypes(stored_units)
+    plain_dtype = "BF16" if target.weight_format != "plain" else plain_dtypes(stored_units)
     named = plain_dtype if isinstance(plain_dtype, str) else plain_dtype["embed.weight"]
     config_json = config_text(target, options.to, named)
     is_mla = target.attention == "mla"
@@ -91,7 +91,7 @@ def _convert(
     with CheckpointWriter(options.destination, table, options.force, shard_bytes) as writer:
         for count, stored in enumerate(stored_units, 1):
             unit = stored.unit
-            codes, scales = _transcode(checkpoint, stored, encoding_of(unit.parameter, target.weight_format))
+            codes, scales = transcode(checkpoint, stored, encoding_of(unit.parameter, target.weight_format))
             writer.write_unit(locate(unit.parameter.name, unit.expert, is_mla, spelling), codes, scales)
             if count % 5000 == 0:
                 log.info(f"{count:,} of {len(stored_units):,} matrices")
@@ -104,7 +104,8 @@ def _convert(
     return {"tensors": len(table), "bytes": writer.nbytes, "storage": storage}
 
 
-def _transcode(checkpoint: Checkpoint, stored: StoredUnit, encoding: str) -> tuple[Tensor, Tensor | None]:
+def transcode(checkpoint: Checkpoint, stored: StoredUnit, encoding: str) -> tuple[Tensor, Tensor | None]:
+    """(codes, scales) of one matrix in another encoding; as they are stored if it is the same."""
     if encoding == stored.encoding:
         codes, scales = checkpoint.read_raw(stored)
         # V3.2 keeps its scales in float32, which need not be powers of two: those are decoded and encoded anew.
@@ -113,12 +114,12 @@ def _transcode(checkpoint: Checkpoint, stored: StoredUnit, encoding: str) -> tup
     return encode(checkpoint.read(stored), encoding)  # type: ignore[arg-type]
 
 
-def _format_of(stored_units: list[StoredUnit]) -> Literal["plain", "fp8", "fp8-fp4"]:
+def format_of(stored_units: list[StoredUnit]) -> Literal["plain", "fp8", "fp8-fp4"]:
     """The weight format these tensors are in: that of the experts decides between the two quantised ones."""
     encodings = {stored.encoding for stored in stored_units}
     return "fp8-fp4" if "fp4" in encodings else "fp8" if "fp8" in encodings else "plain"
 
 
-def _plain_dtypes(stored_units: list[StoredUnit]) -> dict[str, str]:
+def plain_dtypes(stored_units: list[StoredUnit]) -> dict[str, str]:
     """The dtype each parameter keeps; BF16 holds every decoded FP8 or FP4 value exactly."""
     return {s.unit.parameter.name: s.dtype if s.encoding == "plain" else "BF16" for s in stored_units}
