@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longreach.model.config import ModelConfig
-from longreach.plan.flops import decode_macs, prefill_macs
+from longreach.plan.flops import decode_macs, prefill_macs, training_macs
 
 
 @pytest.mark.parametrize(("preset", "scores", "core", "experts", "total"), [
@@ -27,3 +27,10 @@ def test_a_prompt_costs_the_sum_of_its_tokens():
     whole = prefill_macs(config, 300, logits=300)
     for part, macs in whole.items():
         assert macs == sum(token[part] for token in by_token), part
+
+
+def test_training_costs_three_times_the_forward_pass_except_for_the_untrained_index_scores():
+    config = ModelConfig.preset("bench")
+    forward, training = prefill_macs(config, 300, logits=299), training_macs(config, 300)
+    assert {part for part in training if training[part] != 3 * forward[part]} == {"index scores"}
+    assert training["index scores"] == forward["index scores"] > 0

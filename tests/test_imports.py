@@ -33,6 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "plan": BASE | {"model"},
     "bench": BASE | {"checkpoint", "model", "native", "ops", "optim", "plan", "tokenizer"},
     "generate": BASE | {"checkpoint", "model", "tokenizer"},
+    # above the applications
+    "journey": BASE
+    | {"bench", "checkpoint", "data", "generate", "model", "ops", "optim", "plan", "tokenizer", "train"},
     # the command line names its verbs as text and loads the chosen one
     "cli": {"errors"},
     "__main__": {"cli"},

@@ -9,7 +9,8 @@ import torch
 
 from longreach.ops.attention import Layout, TensorEntries, sparse_attention, sparse_attention_reference
 from longreach.ops.compress import pool_blocks, pool_overlapping_blocks, pool_overlapping_reference
-from longreach.ops.hyper import hyper_coefficients, mix_in, mix_out, sinkhorn, sinkhorn_reference
+from longreach.ops.cross_entropy import CHUNK, head_cross_entropy, head_cross_entropy_reference
+from longreach.ops.hyper import collapse_streams, hyper_coefficients, mix_in, mix_out, sinkhorn, sinkhorn_reference
 from longreach.ops.index import (
     index_scores,
     index_scores_reference,
@@ -17,7 +18,14 @@ from longreach.ops.index import (
     select_top,
     select_top_reference,
 )
-from longreach.ops.moe import choose_experts, clamped_swiglu, mixture, mixture_reference, routing_weights
+from longreach.ops.moe import (
+    choose_experts,
+    clamped_swiglu,
+    clamped_swiglu_reference,
+    mixture,
+    mixture_reference,
+    routing_weights,
+)
 from longreach.ops.norm import rms_norm, rms_norm_reference
 from longreach.ops.rope import apply_rope, apply_rope_reference, rope_frequencies, rope_table
 
@@ -118,6 +126,16 @@ def test_mixing_contracts_the_source_stream():
     out = mix_out(streams, torch.tensor([[[5.0]]]), torch.tensor([[[1.0, 2.0]]]), comb)
     torch.testing.assert_close(out.flatten(), torch.tensor([0.9 * 1 + 0.2 * 10 + 5, 0.1 * 1 + 0.8 * 10 + 10]))
     torch.testing.assert_close(mix_in(streams, torch.tensor([[[0.5, 0.25]]])).flatten(), torch.tensor([3.0]))
+
+
+def test_the_hand_written_gradients_of_mixing_and_of_the_coefficients_are_the_numerical_ones():
+    g = torch.Generator().manual_seed(0)
+    random = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    streams, fn, base, scale = random(1, 3, 2, 4), random(2, 8), random(2), random(1)
+    assert torch.autograd.gradcheck(mix_out, (streams, random(1, 3, 4), random(1, 3, 2), random(1, 3, 2, 2)))
+    # base and scale become float32 on the way, too coarse for differences
+    collapse = lambda x, f: collapse_streams(x, f, base.detach(), scale.detach(), 1e-6, 1e-2)  # noqa: E731
+    assert torch.autograd.gradcheck(collapse, (streams, fn))
 
 
 def test_unconstrained_coefficients_are_the_linear_values():
@@ -283,6 +301,32 @@ def test_the_router_bias_decides_who_is_chosen_and_not_how_much_it_counts():
     torch.testing.assert_close(routing_weights(scores, chosen, 1.5), torch.tensor([[0.5, 0.1]]) / 0.6 * 1.5)
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.7])
+def test_the_activation_equals_its_reference_with_gradients_on_both_sides_of_the_clamps(limit):
+    gate, up = torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 2, 50)
+    fast, plain = (
+        gradients(lambda a, b, f=f: f(a, b, limit), gate, up) for f in (clamped_swiglu, clamped_swiglu_reference)
+    )
+    assert_same(fast, plain)
+    at_the_clamp = torch.tensor([0.7, -0.7])  # where autograd lets a gradient through
+    assert_same(
+        gradients(lambda a, b: clamped_swiglu(a, b, 0.7), at_the_clamp, at_the_clamp),
+        gradients(lambda a, b: clamped_swiglu_reference(a, b, 0.7), at_the_clamp, at_the_clamp),
+    )
+
+
+def test_an_expert_nobody_chose_gets_a_gradient_of_zero():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 6, generator=g), torch.rand(4, 2, generator=g)
+    chosen = torch.tensor([[0, 2]] * 4)
+    w1, w3, w2 = (torch.randn(3, *s, generator=g) for s in ((4, 6), (4, 6), (6, 4)))
+    _, _, _, *weights = gradients(lambda *a: mixture(a[0], chosen, *a[1:], 0.0), x, w, w1, w3, w2)
+    for d in weights:
+        assert d[1].eq(0).all()
+        assert d[0].ne(0).any()
+        assert d[2].ne(0).any()
+
+
 def test_the_mixture_equals_its_reference_with_gradients():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(11, 6, generator=g), torch.rand(11, 2, generator=g)
@@ -292,3 +336,27 @@ def test_the_mixture_equals_its_reference_with_gradients():
     assert_same(run(mixture), run(mixture_reference))
     one = lambda f: gradients(lambda *a: f(a[0], chosen[:1], *a[1:], 10.0), x[:1], w[:1], w1, w3, w2)  # noqa: E731
     assert_same(one(mixture), one(mixture_reference))
+
+
+# ---- head and loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, CHUNK, CHUNK + 3])
+def test_head_and_loss_together_equal_whole_logits_with_gradients(tokens, dtype):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(tokens, 8, generator=g, dtype=dtype), torch.randn(11, 8, generator=g, dtype=dtype)
+    targets = torch.randint(0, 11, (tokens,), generator=g)
+    fast, plain = (
+        gradients(lambda h, w, f=f: f(h, w, targets) / tokens, hidden, weight)
+        for f in (head_cross_entropy, head_cross_entropy_reference)
+    )
+    assert_same(fast, plain, 1e-5 if dtype == torch.float32 else 1e-12)
+    assert fast[0].dtype == dtype
+
+
+def test_bfloat16_hidden_states_get_a_float32_loss_and_bfloat16_gradients():
+    hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(11, 8).bfloat16()
+    loss, *d = gradients(lambda h, w: head_cross_entropy(h, w, torch.arange(5)), hidden, weight)
+    assert loss.dtype == torch.float32
+    assert [x.dtype for x in d] == [torch.bfloat16] * 2

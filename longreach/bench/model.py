@@ -11,9 +11,8 @@ machine is printed with every figure: two-thread runs beside a busy core mean li
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from longreach.bench.measure import Clock, matmul_peak
+from longreach.bench.measure import Record, matmul_peak, short
 from longreach.bench.memory import measure_in_process
 from longreach.bench.peer import TransformersPeer
 from longreach.checkpoint.load import load_model
@@ -69,34 +68,14 @@ class BenchOptions:
 
 
 @dataclass
-class Bench:
-    """One run: both sides, the text, and the figures found so far."""
+class Bench(Record):
+    """One run: both sides and the text."""
 
     options: BenchOptions
     model: Transformer
     invariant: Transformer
     peer: TransformersPeer | None
     text: Tensor
-    device: torch.device
-    figures: dict[str, float] = field(default_factory=dict)
-    loads: list[float] = field(default_factory=list)
-
-    def say(self, line: str) -> None:
-        print(line, file=sys.stdout, flush=True)
-
-    def record(self, name: str, value: float) -> float:
-        self.figures[name] = value
-        return value
-
-    def alternate(self, *calls) -> list[Clock]:
-        """Run each call in turn, `repeats` times after one unmeasured round of the cheap kind."""
-        clocks = [Clock() for _ in calls]
-        for _ in range(self.options.repeats):
-            for call, clock in zip(calls, clocks, strict=True):
-                with clock.measure(self.device):
-                    call()
-        self.loads += [load for clock in clocks for load in clock.others]
-        return clocks
 
 
 def main(options: BenchOptions) -> int:
@@ -114,12 +93,13 @@ def main(options: BenchOptions) -> int:
         directory = Path(folder)
         save_model(Transformer(config, seed=0), directory / "model", layout="transformers")
         bench = Bench(
+            device,
+            options.repeats,
             options,
             load_model(directory / "model", dtype=dtype, device=device).eval(),
             load_model(directory / "model", dtype=dtype, device=device, arithmetic="invariant").eval(),
             TransformersPeer(directory / "model", dtype, device) if options.against == "transformers" else None,
             torch.randint(0, config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0)).to(device),
-            device,
         )
         with torch.no_grad():
             peak = bench.record("matmul_gflops", matmul_peak(dtype, device) / 1e9)
@@ -130,9 +110,7 @@ def main(options: BenchOptions) -> int:
             _arithmetics(bench)
             _cache(bench)
             _memory(bench, directory / "model", threads.value)
-    known = [load for load in bench.loads if load == load]
-    bench.record("other_load", sum(known) / len(known) if known else float("nan"))
-    bench.say(f"\nother processes used {bench.figures['other_load']:.2f} CPUs on average during the measurements")
+    bench.say_load()
     if bench.peer is not None:
         bench.say("next: longreach bench model --memory 16384 65536 262144   (growth of memory to 256K tokens)")
     if options.json:
@@ -145,8 +123,8 @@ def _agree(bench: Bench) -> None:
     """Both sides must say the same before their speeds mean anything."""
     if bench.peer is None:
         return
-    short = bench.text[:, :300]
-    ours, theirs = bench.model(short, logits_to_keep=1), bench.peer.prefill(short).float()
+    text = bench.text[:, :300]
+    ours, theirs = bench.model(text, logits_to_keep=1), bench.peer.prefill(text).float()
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     bench.record("logits_difference", difference)
     bench.peer.tune(bench.text[:, : min(4096, bench.text.shape[1])])
@@ -169,7 +147,7 @@ def _prefill(bench: Bench, peak: float) -> None:
             if tokens <= bench.options.oneshot_limit:
                 calls.append(lambda text=text, peer=peer: peer.prefill(text))
         clocks = bench.alternate(*calls)
-        name = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+        name = short(tokens)
         rate = bench.record(f"prefill_{name}_tok_s", tokens / clocks[0].median)
         useful = 2 * sum(prefill_macs(bench.model.config, tokens).values())
         fraction = bench.record(f"matmul_fraction_{name}", useful / clocks[0].median / 1e9 / peak)
@@ -209,7 +187,7 @@ def _decode(bench: Bench) -> None:
                 peer.step(new[:, i : i + 1], theirs_cache)
 
         calls.append(theirs)
-    name = f"{at // 1024}k" if at % 1024 == 0 else str(at)
+    name = short(at)
     # One-row products are too small to share between threads on many machines: each side gets what suits it.
     threads, best = torch.get_num_threads(), [(float("inf"), 0, 0.0)] * len(calls)
     for n in sorted({1, threads}):
@@ -237,7 +215,7 @@ def _arithmetics(bench: Bench) -> None:
     fast, fixed = bench.alternate(
         lambda: bench.model(text, logits_to_keep=1), lambda: bench.invariant(text, logits_to_keep=1)
     )
-    name = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+    name = short(tokens)
     bench.record(f"prefill_{name}_invariant_tok_s", tokens / fixed.median)
     ratio = bench.record(f"invariant_over_fast_{name}", fixed.median / fast.median)
     cache = bench.invariant.new_cache(1)
@@ -268,7 +246,7 @@ def _memory(bench: Bench, directory: Path, threads: int) -> None:
     for tokens in bench.options.memory:
         found = measure_in_process(directory, tokens, bench.options.dtype, threads, str(bench.device))
         extra = found["extra_bytes"] / GIB
-        name = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+        name = short(tokens)
         bench.record(f"extra_gib_{name}", extra)
         bench.record(f"one_call_{name}_tok_s", tokens / found["seconds"])
         growth = (

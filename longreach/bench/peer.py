@@ -1,7 +1,8 @@
 """transformers as the opponent: the same weights from the same files, at its best setting.
 
 Its one-pass prefill is quadratic in memory, so the fair opponent at length is chunked prefill; which chunk and which of
-its expert implementations are fastest here is measured, not assumed.
+its expert implementations are fastest here is measured, not assumed. Training knows no chunks; where its memory does not
+suffice it can recompute each layer on the way back.
 """
 
 from __future__ import annotations
@@ -59,6 +60,36 @@ class TransformersPeer:
     @torch.no_grad()
     def step(self, token: Tensor, cache) -> Tensor:
         return self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token loss, with gradient; as its own users call it."""
+        return self.model(tokens, labels=tokens, use_cache=False).loss
+
+    def train(self, experts: str, recompute: bool) -> None:
+        """Be trained from now on, with this implementation of the experts and with or without gradient checkpointing."""
+        self.model.train()
+        self.model.set_experts_implementation(experts)
+        self.experts = experts
+        if recompute:
+            self.model.gradient_checkpointing_enable()
+
+    def tune_training(self, tokens: Tensor) -> str:
+        """The fastest expert implementation for training on texts like `tokens`. Weights and gradients stay as they are."""
+        self.model.train()
+        weights, fastest = list(self.model.parameters()), float("inf")
+        for experts in EXPERTS:
+            try:
+                self.model.set_experts_implementation(experts)
+                for _ in range(2):  # the first is slower whoever it is
+                    began = time.perf_counter()
+                    torch.autograd.grad(self.loss(tokens), weights, allow_unused=True)
+                    took = time.perf_counter() - began
+            except (RuntimeError, NotImplementedError, ValueError):
+                continue  # not offered for this type or device
+            if took < fastest:
+                fastest, self.experts = took, experts
+        self.model.set_experts_implementation(self.experts)
+        return self.experts
 
     def tune(self, tokens: Tensor) -> None:
         """Choose the fastest expert implementation and chunk for prompts like `tokens`."""

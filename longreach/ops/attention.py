@@ -294,18 +294,22 @@ def _forward(
 
 
 class _SparseAttention(torch.autograd.Function):
-    """Saves inputs and output; recomputes one tile's weights at a time on the way back."""
+    """Saves the inputs; recomputes one tile's weights p at a time on the way back.
+
+    With dp = dO · v, a logit's gradient is p (dp − δ), δ = Σ p dp over the query's keys. A tile holds all of them, so δ
+    is summed there; as dO · O it would need the output, which would have to be kept.
+    """
 
     @staticmethod
     def forward(ctx, q, local, entries, chosen, sink, layout: Layout) -> Tensor:
         out = _forward(q, local, TensorEntries(entries) if entries is not None else None, chosen, sink, layout)
-        ctx.save_for_backward(q, local, entries, chosen, sink, out)
+        ctx.save_for_backward(q, local, entries, chosen, sink)
         ctx.layout = layout
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        q, local, entries, chosen, sink, out = ctx.saved_tensors
+        q, local, entries, chosen, sink = ctx.saved_tensors
         layout: Layout = ctx.layout
         B, T, N, H = q.shape
         Hv = layout.value_dim
@@ -321,26 +325,28 @@ class _SparseAttention(torch.autograd.Function):
             keys, extra = _load(tile, local, source, chosen)
             part, d_o = _wide(q[:, rows]), _wide(grad_out[:, rows])
             p_sink, near, far = _tile_weights(part, keys, extra, wide_sink, tile, layout.scale)
-            delta = (d_o * _wide(out[:, rows])).sum(-1, keepdim=True)
-            if p_sink is not None and d_sink is not None:
-                d_sink -= (p_sink * delta).sum(dim=(0, 1, 3))
             t = tile.stop - tile.start
             flat_q, flat_d = part.reshape(B, t * N, H), d_o.reshape(B, t * N, Hv)
+            each_q, each_d, values = flat_q, flat_d, extra
+            if extra is not None and extra.dim() == 4:
+                each_q, each_d, values = part.reshape(B * t, N, H), d_o.reshape(B * t, N, Hv), extra.flatten(0, 1)
 
-            d_logit = near * (torch.bmm(flat_d, keys[..., :Hv].transpose(1, 2)).view_as(near) - delta) * layout.scale
+            near_grad = torch.bmm(flat_d, keys[..., :Hv].transpose(1, 2)).view_as(near).mul_(near)
+            delta, far_grad = near_grad.sum(-1, keepdim=True), None
+            if values is not None and far is not None:
+                far_grad = torch.bmm(each_d, values[..., :Hv].transpose(1, 2)).view_as(far).mul_(far)
+                delta += far_grad.sum(-1, keepdim=True)
+            if p_sink is not None and d_sink is not None:
+                d_sink -= (p_sink * delta).sum(dim=(0, 1, 3))
+
+            d_logit = near_grad.addcmul_(near, delta, value=-1).mul_(layout.scale)
             d_part = _weighted(d_logit, keys)
             d_keys = torch.bmm(d_logit.reshape(B, t * N, -1).transpose(1, 2), flat_q)
             d_keys[..., :Hv] += torch.bmm(near.reshape(B, t * N, -1).transpose(1, 2), flat_d)
             d_local[:, tile.band[0] : tile.band[1]] += d_keys
 
-            if extra is not None and far is not None and d_entries is not None:
-                if extra.dim() == 4:
-                    each_q, each_d = part.reshape(B * t, N, H), d_o.reshape(B * t, N, Hv)
-                    values = extra.flatten(0, 1)
-                else:
-                    each_q, each_d, values = flat_q, flat_d, extra
-                d_far = torch.bmm(each_d, values[..., :Hv].transpose(1, 2)).view_as(far)
-                d_logit = far * (d_far - delta) * layout.scale
+            if extra is not None and far is not None and far_grad is not None and d_entries is not None:
+                d_logit = far_grad.addcmul_(far, delta, value=-1).mul_(layout.scale)
                 d_part += _weighted(d_logit, extra)
                 leading = each_q.shape[:2]
                 d_extra = torch.bmm(d_logit.reshape(*leading, -1).transpose(1, 2), each_q)

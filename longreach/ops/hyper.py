@@ -71,10 +71,33 @@ def mix_out(streams_BTnD: Tensor, y_BTD: Tensor, post_BTn: Tensor, comb_BTnn: Te
     """X'_k = post_k y + Σ_j comb_jk X_j in float32, rounded once: `[B, T, n, D]`."""
     B, T, n, D = streams_BTnD.shape
     wide = streams_BTnD.to(comb_BTnn.dtype).reshape(B * T, n, D)
-    mixed = torch.bmm(comb_BTnn.reshape(B * T, n, n).transpose(1, 2), wide)
-    post, y = post_BTn.reshape(B * T, n, 1), y_BTD.to(mixed.dtype).reshape(B * T, 1, D)
-    mixed = torch.addcmul(mixed, post, y) if mixed.requires_grad else mixed.addcmul_(post, y)
+    y, post = y_BTD.to(wide.dtype).reshape(B * T, 1, D), post_BTn.reshape(B * T, n, 1)
+    tensors = wide, y, post, comb_BTnn.reshape(B * T, n, n)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        mixed: Tensor = _MixOut.apply(*tensors)  # pyright: ignore[reportAssignmentType]
+    else:
+        mixed = _mixed(*tensors)
     return mixed.view(B, T, n, D).to(streams_BTnD.dtype)
+
+
+def _mixed(streams_MnD: Tensor, y_M1D: Tensor, post_Mn1: Tensor, comb_Mnn: Tensor) -> Tensor:
+    return torch.bmm(comb_Mnn.transpose(1, 2), streams_MnD).addcmul_(post_Mn1, y_M1D)
+
+
+class _MixOut(torch.autograd.Function):
+    """Every gradient is one product with dX'; autograd sums two tensors of the streams' size that it makes for it."""
+
+    @staticmethod
+    def forward(ctx, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, y, post, comb)
+        return _mixed(streams, y, post, comb)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        streams, y, post, comb = ctx.saved_tensors
+        d_y = torch.bmm(post.transpose(1, 2), grad)
+        d_post = torch.bmm(grad, y.transpose(1, 2))
+        return torch.bmm(comb, grad), d_y, d_post, torch.bmm(streams, grad.transpose(1, 2))
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -158,7 +181,35 @@ class _RecomputedSinkhorn(torch.autograd.Function):
 
 
 def _projected(streams_BTnD: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """ρ · (fn · vec X)."""
     flat = streams_BTnD.flatten(-2)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    inverse_rms = torch.rsqrt(torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1] + norm_eps)
-    return linear(flat, fn.to(flat.dtype)) * inverse_rms
+    if torch.is_grad_enabled() and (flat.requires_grad or fn.requires_grad):
+        return _Projected.apply(flat, fn.to(flat.dtype), norm_eps)  # pyright: ignore[reportReturnType]
+    return linear(flat, fn.to(flat.dtype)) * _inverse_rms(flat, norm_eps)
+
+
+def _inverse_rms(flat: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1] + eps)
+
+
+class _Projected(torch.autograd.Function):
+    """dX = ρ fnᵀ dz − X (dz · z) ρ² / width, in one tensor of the streams' size where autograd makes five."""
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, fn: Tensor, eps: float) -> Tensor:
+        inverse_rms = _inverse_rms(flat, eps)
+        z = linear(flat, fn) * inverse_rms
+        ctx.save_for_backward(flat, fn, inverse_rms, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        flat, fn, inverse_rms, z = ctx.saved_tensors
+        width, scaled = flat.shape[-1], grad * inverse_rms
+        # z = ρ u and dρ/dX = −ρ³ X / width
+        factor = (grad * z).sum(-1, keepdim=True).mul_(inverse_rms.square()).div_(-width)
+        d_flat = (flat * factor).view(-1, width)
+        d_flat.addmm_(scaled.view(-1, scaled.shape[-1]), fn)
+        d_fn = scaled.reshape(-1, scaled.shape[-1]).t() @ flat.reshape(-1, width)
+        return d_flat.view_as(flat), d_fn, None

@@ -58,15 +58,33 @@ def apply_rope(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
     Returns:
         A tensor like `x`. Without gradients the rotation happens in place, on `x` itself.
     """
-    rope_dim = 2 * table.shape[-1]
-    rotary = x[..., -rope_dim:]
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Rotated.apply(x, table, inverse)  # pyright: ignore[reportReturnType]
+    return _rotate(x, table, inverse)
+
+
+def _rotate(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
+    """`apply_rope` in place."""
+    rotary = x[..., -2 * table.shape[-1] :]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     pairs = torch.view_as_complex(rotary.to(wide).reshape(*x.shape[:-1], -1, 2))
-    turned = torch.view_as_real(pairs * (table.conj() if inverse else table)).view(rotary.shape).to(x.dtype)
-    if x.requires_grad and torch.is_grad_enabled():
-        return torch.cat([x[..., :-rope_dim], turned], dim=-1)
-    rotary.copy_(turned)
+    rotary.copy_(torch.view_as_real(pairs * (table.conj() if inverse else table)).view(rotary.shape))
     return x
+
+
+class _Rotated(torch.autograd.Function):
+    """Of a copy; the gradient is turned the other way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, inverse: bool) -> Tensor:
+        ctx.save_for_backward(table)
+        ctx.inverse = inverse
+        return _rotate(x.clone(memory_format=torch.contiguous_format), table, inverse)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (table,) = ctx.saved_tensors
+        return _rotate(grad.clone(memory_format=torch.contiguous_format), table, not ctx.inverse), None, None
 
 
 def apply_rope_reference(x: Tensor, positions: Tensor, frequencies: Tensor, inverse: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
     decode_macs(config, context)      multiply-accumulates of the token at position context - 1, by part
     prefill_macs(config, tokens)      their sum over a whole prompt
+    training_macs(config, tokens)     forward and backward of one text
 
 A FLOP count is twice a MAC count. "Useful" leaves out masked-off work, padding and element-wise operations, so a measured
 rate over it is a fair fraction of the matmul peak. Formulas: architecture of DeepSeek-V4, FLOPs per decoded token.
@@ -26,6 +27,16 @@ def prefill_macs(config: ModelConfig, tokens: int, logits: int = 1) -> dict[str,
     parts = {part: int(total.sum()) for part, total in _macs(config, np.arange(1, tokens + 1)).items()}
     parts["head"] = config.vocab_size * config.hidden_size * logits
     return parts
+
+
+def training_macs(config: ModelConfig, tokens: int) -> dict[str, int]:
+    """MACs of the loss and its gradients on a text of `tokens` tokens, by part; what a backward pass recomputes is left out.
+
+    A product has two gradients, each as large as itself. The index scores have none: the next-token loss does not train
+    the indexer (nor its projections, a small share of theirs that is counted three times nonetheless).
+    """
+    forward = prefill_macs(config, tokens, logits=tokens - 1)
+    return {part: macs * (1 if part == "index scores" else 3) for part, macs in forward.items()}
 
 
 def _macs(c: ModelConfig, context: np.ndarray) -> dict[str, np.ndarray]:

@@ -28,10 +28,11 @@ from longreach.data.stream import Batch, MixtureStream, in_order
 from longreach.errors import RequestError
 from longreach.model.count import count_parameters
 from longreach.model.features import Features
+from longreach.model.recompute import recompute_layers
 from longreach.model.transformer import Transformer
 from longreach.optim.groups import describe
 from longreach.optim.hybrid import HybridOptimizer, make_optimizers
-from longreach.plan.flops import prefill_macs
+from longreach.plan.flops import training_macs
 from longreach.rundir import RunDirectory
 from longreach.runtime import (
     choose_device,
@@ -83,6 +84,7 @@ def main(options: PretrainOptions) -> int:
 
     seed_everything(recipe.seed)
     trainer = Trainer(run, recipe, corpus, device.value)
+    recompute_layers(trainer.model, options.recompute)
     if options.resume:
         trainer.restore(newest_state(run.state_dir))
         run.drop_metrics_after(trainer.step)
@@ -427,8 +429,8 @@ class Trainer:
     def useful_flops(self, plan: StepPlan) -> float:
         """Of a step: forward once, backward twice, on rows of one document."""
         if plan.seq_len not in self.macs:
-            self.macs[plan.seq_len] = sum(prefill_macs(self.recipe.config, plan.seq_len, plan.seq_len).values())
-        return 3 * 2 * self.macs[plan.seq_len] * plan.rows
+            self.macs[plan.seq_len] = sum(training_macs(self.recipe.config, plan.seq_len).values())
+        return 2 * self.macs[plan.seq_len] * plan.rows
 
 
 # ---- parts of a step ------------------------------------------------------------------------------------------------
