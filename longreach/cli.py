@@ -37,6 +37,9 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        "longreach.train.prepare", "PrepareOptions", "encode texts into token shards, once for many runs"
+    ),
     "pretrain": Command("longreach.train.pretrain", "PretrainOptions", "train a model from nothing on text"),
     "train-indexer": Command(
         "longreach.train.train_indexer", "TrainIndexerOptions", "train the indexers of a checkpoint, nothing else"

@@ -340,6 +340,36 @@ def test_without_a_length_the_data_is_seen_once(longreach_command, corpus, tmp_p
     assert record["steps"] in {math.ceil(size / 128) for size in sizes}
 
 
+def test_a_prepared_corpus_trains_as_its_texts_do(longreach_command, corpus, tmp_path):
+    prepared = longreach_command(
+        "prepare", "--data", corpus, "--vocab-size", 512, "--out", tmp_path / "corpus", "--json"
+    )
+    assert prepared.code == 0, prepared.err
+    figures = json.loads(prepared.out.splitlines()[-1])["figures"]
+    assert figures["documents"] + figures["held_out"] == 24
+    curves = []
+    for name, data in (("texts", corpus), ("shards", tmp_path / "corpus")):
+        run = tmp_path / name
+        assert longreach_command("pretrain", "--data", data, "--out", run, "--steps", 3, *SMALL).code == 0
+        curves.append([json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()])
+    assert curves[0] == curves[1]
+
+
+def test_preparing_overwrites_nothing_and_needs_data(longreach_command, corpus, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    for arguments, expected in (
+        (("--data", corpus, "--out", tmp_path / "full"), "is not empty"),
+        (("--out", tmp_path / "new"), "--data is missing"),
+        (("--data", corpus, "--out", tmp_path / "new", "--vocab-size", 10), "a vocabulary of 10 is too small"),
+    ):
+        result = longreach_command("prepare", *arguments)
+        assert result.code == 2
+        assert expected in result.err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
 def test_a_tokenizer_can_be_reused(longreach_command, corpus, tmp_path):
     mine = Tokenizer.train(["another text " * 50], vocab_size=400)
     mine.save(tmp_path / "mine.json")
