@@ -53,7 +53,7 @@ SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 TARGET = 0.75
 DECAY = 0.25
-VALIDATION_TOKENS, GLANCE_TOKENS, GLANCE_EVERY = 16_384, 4096, 20
+PER_DOCUMENT, GLANCE_DOCUMENTS, GLANCE_EVERY = 1024, 8, 20
 SMALLEST_RATE, LARGEST_RATE = 1e-4, 0.5
 QUESTION = "in what share of AdamW's steps does Muon reach its final loss?"
 
@@ -74,6 +74,8 @@ class MuonOptions(ExperimentOptions):
     batch_tokens: int = 1024
     row: int = 256
     """Tokens per row."""
+    held_out: float = 0.1
+    """Share of the documents the losses are measured on, by the first 1,024 tokens of each: no file outweighs the others."""
 
 
 def config_of(options: MuonOptions) -> ModelConfig:
@@ -89,10 +91,14 @@ def config_of(options: MuonOptions) -> ModelConfig:
 def corpus_of(options: MuonOptions, folder: Path) -> Corpus:
     """The text as tokens, made once and kept beside the results."""
     vocab_size = ModelConfig.preset(options.preset).vocab_size
-    name = f"corpus-{vocab_size}-{zlib.crc32(' '.join(options.data).encode()):08x}"
+    name = f"corpus-{vocab_size}-{options.held_out:g}-{zlib.crc32(' '.join(options.data).encode()):08x}"
+    if not 0 < options.held_out < 1:
+        raise RequestError(
+            f"--held-out {options.held_out:g} is a share of the documents; give more than 0 and less than 1"
+        )
     if not is_prepared(folder / name):
         log.info("corpus     %s is read and encoded once, into %s", " ".join(options.data), folder / name)
-        split = Split.of(parse_sources(options.data))
+        split = Split.of(parse_sources(options.data), options.held_out)
         tokenizer = Tokenizer.train(tokenizer_sample(split), vocab_size)
         return prepare(split, tokenizer, folder / name)
     return open_corpus(folder / name)
@@ -115,17 +121,19 @@ def train(options: MuonOptions, corpus: Corpus, kind: Kind, lr: float, steps: in
         optimizer.zero_grad()
         balance_experts(model, features.routing, documents >= 0)
         if (step + 1) % GLANCE_EVERY == 0:
-            course.append((step + 1, validation_loss(model, corpus, options.row, GLANCE_TOKENS)))
-    loss = validation_loss(model, corpus, options.row, VALIDATION_TOKENS)
+            course.append((step + 1, validation_loss(model, corpus, options.row, GLANCE_DOCUMENTS)))
+    loss = validation_loss(model, corpus, options.row, len(corpus.validation))
     log.info("run        %s, rate %g, %d steps, seed %d: %.4f nats", kind, lr, steps, seed, loss)
     return {"loss": loss, "course": course}
 
 
 @torch.no_grad()
-def validation_loss(model: Transformer, corpus: Corpus, row: int, max_tokens: int) -> float:
-    """Nats per token of the held-out documents."""
+def validation_loss(model: Transformer, corpus: Corpus, row: int, count: int) -> float:
+    """Nats per token of the beginnings of the first `count` held-out documents."""
+    beginnings = [corpus.validation[i][:PER_DOCUMENT] for i in range(min(count, len(corpus.validation)))]
+    tokens_there = sum(map(len, beginnings))
     nats, targets = 0.0, 0
-    for tokens, documents in in_order(corpus.validation, row, 8, max_tokens):
+    for tokens, documents in in_order(beginnings, row, 8, tokens_there):
         hidden = model.features(tokens, documents=documents, attention="dense").hidden
         total, count = summed_loss(hidden, model.head.weight, tokens, documents)
         nats, targets = nats + total.item(), targets + count
