@@ -398,6 +398,7 @@ def test_a_tokenizer_can_be_reused(longreach_command, corpus, tmp_path):
         (["--sparse-at", "0.97"], "leave nothing of the run"),
         (["--fim-rate", "-1"], "--fim-rate -1 is a fraction"),
         (["--balance", "-1"], "--balance -1 must be 0 or more"),
+        (["--bias-speed", "-1"], "--bias-speed -1 must be 0 or more"),
         (["--checkpoint-every", "0"], "--checkpoint-every 0 must be at least 1"),
         (["--optimizer", "sgd"], "--optimizer"),
         (["--qat", "int4"], "--qat"),

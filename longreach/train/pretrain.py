@@ -55,7 +55,7 @@ from longreach.train.state import newest_state, read_state, save_state, state_fi
 from longreach.train.stopping import StopRequest, stop_signals
 from longreach.train.working import frozen_but_indexer, unfrozen, working_copy
 
-BIAS_STEP = 0.001
+BIAS_SPEED = 0.001
 CLIP_NORM = 1.0
 RECALL_EVERY = 20
 """Steps between measurements of the indexer's recall in the sparse phase, where it costs a dense attention."""
@@ -211,7 +211,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 if plan.attention != "warmup":
-                    balance_experts(self.master, features.routing, documents >= 0)
+                    balance_experts(self.master, features.routing, documents >= 0, self.recipe.bias_speed)
 
                 self.step += 1
                 self.tokens += tokens.numel()
@@ -437,7 +437,9 @@ class Trainer:
 
 
 @torch.no_grad()
-def balance_experts(model: Transformer, routing: dict[int, Tensor], real_BT: Tensor | None = None) -> None:
+def balance_experts(
+    model: Transformer, routing: dict[int, Tensor], real_BT: Tensor | None = None, speed: float = BIAS_SPEED
+) -> None:
     """Raise the choosing bias of experts that got less than the mean load in this batch, lower it for the others.
 
     Args:
@@ -450,7 +452,7 @@ def balance_experts(model: Transformer, routing: dict[int, Tensor], real_BT: Ten
         if isinstance(bias, Tensor):
             counted = chosen if real_BT is None else chosen[real_BT]
             load = torch.bincount(counted.flatten(), minlength=len(bias)).float()
-            bias += BIAS_STEP * (load.mean() - load).sign()
+            bias += speed * (load.mean() - load).sign()
 
 
 def gate_of(model: Transformer, layer: int) -> Any:

@@ -23,6 +23,7 @@ PEAK_LR_AT_128 = {"muon": 0.02, "adamw": 0.008}
 DEFAULT_STAGES = {"tiny": "128@0 512@0.6 2048@0.85"}
 OTHER_STAGES = "512@0 2048@0.6 8192@0.85"
 DEFAULT_BATCH = {"tiny": 2048}
+DEFAULT_BIAS_SPEED = {"tiny": 0.01}
 OTHER_BATCH = 8192
 
 
@@ -69,6 +70,9 @@ class PretrainOptions:
     """Fraction of the run, at its start, over which the batch grows from a quarter to its full size (default 0)."""
     balance: float | None = None
     """Weight of the sequence-wise balance loss (default 0.0001)."""
+    bias_speed: float | None = None
+    """What a step adds to or takes from the choosing bias of an expert with too little or too much load (default 0.01 for
+    tiny, whose runs are too short for the report's 0.001 to balance anything, 0.001 otherwise)."""
     fim_rate: float | None = None
     """Part of the documents whose middle is moved to their end, for filling in (default 0)."""
     precision: Literal["float32", "bfloat16"] | None = None
@@ -116,6 +120,7 @@ class Recipe:
     decay: float = 0.25
     ramp: float = 0.0
     balance: float = 1e-4
+    bias_speed: float = 0.001
     fim_rate: float = 0.0
     precision: str = "float32"
     qat: str = "plain"
@@ -163,6 +168,8 @@ def new_recipe(options: PretrainOptions) -> Recipe:
     fill: dict[str, Any] = {}
     if options.lr is None:
         fill["lr"] = round(PEAK_LR_AT_128[recipe.optimizer] * math.sqrt(128 / config.hidden_size), 6)
+    if options.bias_speed is None and recipe.preset in DEFAULT_BIAS_SPEED:
+        fill["bias_speed"] = DEFAULT_BIAS_SPEED[recipe.preset]
     if options.batch_tokens is None:
         fill["batch_tokens"] = DEFAULT_BATCH.get(recipe.preset, OTHER_BATCH)
     if options.seq_len is not None:
@@ -203,8 +210,9 @@ def _check(recipe: Recipe) -> None:
             f"--sparse-at {recipe.sparse_at:g} and --indexer-warmup {recipe.indexer_warmup:g} leave nothing of the run "
             "for sparse attention; together they must stay below 1"
         )
-    if not 0 <= recipe.balance < math.inf:
-        raise RequestError(f"--balance {recipe.balance:g} must be 0 or more")
+    for name in ("balance", "bias_speed"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise RequestError(f"--{name.replace('_', '-')} {getattr(recipe, name):g} must be 0 or more")
     if recipe.seed < 0:
         raise RequestError(f"--seed {recipe.seed} must not be negative")
 
