@@ -149,21 +149,21 @@ def sparse_attention_reference(
             visible = visible & picked[..., :S]
         seen = torch.cat([seen, visible.expand(B, T, S)], dim=-1)
         keys = torch.cat([keys, entries_BSH], dim=1)
-    logits = torch.einsum("btnh,bsh->btns", _wide(q_BTNH), _wide(keys)) * layout.scale
+    logits = torch.einsum("btnh,bsh->btns", widened(q_BTNH), widened(keys)) * layout.scale
     logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
     if sink_N is not None:
         logits = torch.cat([sink_N.to(logits.dtype).expand(B, T, N)[..., None], logits], dim=-1)
     weights = logits.softmax(dim=-1)
     if sink_N is not None:
         weights = weights[..., 1:]
-    return torch.einsum("btns,bsh->btnh", weights, _wide(keys[..., : layout.value_dim])).to(q_BTNH.dtype)
+    return torch.einsum("btns,bsh->btnh", weights, widened(keys[..., : layout.value_dim])).to(q_BTNH.dtype)
 
 
 # ---- one tile --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """Queries [start, stop) with the keys they see and the biases (0 or -inf, None if nothing is hidden)."""
 
     start: int
@@ -175,7 +175,7 @@ class _Tile:
     entry_bias: Tensor | None  # [t, E] or [B, t, K]
 
 
-def _tiles(layout: Layout, T: int, B: int, N: int, num_keys: int, chosen: Tensor | None, device: torch.device):
+def tiles_of(layout: Layout, T: int, B: int, N: int, num_keys: int, chosen: Tensor | None, device: torch.device):
     start = 0
     biases: dict[tuple[int, ...], Tensor | None] = {}
     while start < T:
@@ -203,7 +203,7 @@ def _tiles(layout: Layout, T: int, B: int, N: int, num_keys: int, chosen: Tensor
                 bias = _hidden(invalid)
         elif least < most:
             bias = _hidden(torch.arange(most, device=device) >= _visible(layout, start, stop, device)[:, None])
-        yield _Tile(start, stop, (lo, hi), biases[shape], 0 if gathered else most, gathered, bias)
+        yield Tile(start, stop, (lo, hi), biases[shape], 0 if gathered else most, gathered, bias)
         start = stop
 
 
@@ -224,8 +224,8 @@ def _window_bias(size: int, keys: int, offset: int, before: int, window: int, de
     return _hidden((j > t) | (j <= t - window) | (j < -before))
 
 
-def _tile_weights(
-    q: Tensor, local: Tensor, extra: Tensor | None, sink: Tensor | None, tile: _Tile, scale: float
+def tile_weights(
+    q: Tensor, local: Tensor, extra: Tensor | None, sink: Tensor | None, tile: Tile, scale: float
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Softmax weights of the sink `[B, t, N, 1]`, the window `[B, t, N, L]` and the entries `[B, t, N, E]`."""
     B, t, N, H = q.shape
@@ -259,20 +259,20 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     return torch.bmm(weights.reshape(B, t * N, S), values).view(B, t, N, -1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _load(
-    tile: _Tile, local: Tensor, entries: EntrySource | None, chosen: Tensor | None
+def load_tile(
+    tile: Tile, local: Tensor, entries: EntrySource | None, chosen: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    keys = _wide(local[:, tile.band[0] : tile.band[1]])
+    keys = widened(local[:, tile.band[0] : tile.band[1]])
     if tile.gathered:
         assert entries is not None and chosen is not None
-        return keys, _wide(entries.gather(chosen[:, tile.start : tile.stop]))
+        return keys, widened(entries.gather(chosen[:, tile.start : tile.stop]))
     if tile.num_entries:
         assert entries is not None
-        return keys, _wide(entries.read(tile.num_entries))
+        return keys, widened(entries.read(tile.num_entries))
     return keys, None
 
 
@@ -281,11 +281,11 @@ def _forward(
 ) -> Tensor:
     B, T, N, _ = q.shape
     out = q.new_empty(B, T, N, layout.value_dim)
-    sink = _wide(sink).to(_wide(q).dtype) if sink is not None else None
-    for tile in _tiles(layout, T, B, N, local.shape[1], chosen, q.device):
-        keys, extra = _load(tile, local, entries, chosen)
-        part = _wide(q[:, tile.start : tile.stop])
-        _, near, far = _tile_weights(part, keys, extra, sink, tile, layout.scale)
+    sink = widened(sink).to(widened(q).dtype) if sink is not None else None
+    for tile in tiles_of(layout, T, B, N, local.shape[1], chosen, q.device):
+        keys, extra = load_tile(tile, local, entries, chosen)
+        part = widened(q[:, tile.start : tile.stop])
+        _, near, far = tile_weights(part, keys, extra, sink, tile, layout.scale)
         o = _weighted(near, keys[..., : layout.value_dim])
         if far is not None and extra is not None:
             o += _weighted(far, extra[..., : layout.value_dim])
@@ -313,18 +313,18 @@ class _SparseAttention(torch.autograd.Function):
         layout: Layout = ctx.layout
         B, T, N, H = q.shape
         Hv = layout.value_dim
-        wide = _wide(q).dtype
+        wide = widened(q).dtype
         source = TensorEntries(entries) if entries is not None else None
         d_q = torch.empty_like(q)
         d_local = torch.zeros(local.shape, dtype=wide, device=q.device)
         d_entries = torch.zeros(entries.shape, dtype=wide, device=q.device) if entries is not None else None
         d_sink = torch.zeros(N, dtype=wide, device=q.device) if sink is not None else None
         wide_sink = sink.to(wide) if sink is not None else None
-        for tile in _tiles(layout, T, B, N, local.shape[1], chosen, q.device):
+        for tile in tiles_of(layout, T, B, N, local.shape[1], chosen, q.device):
             rows = slice(tile.start, tile.stop)
-            keys, extra = _load(tile, local, source, chosen)
-            part, d_o = _wide(q[:, rows]), _wide(grad_out[:, rows])
-            p_sink, near, far = _tile_weights(part, keys, extra, wide_sink, tile, layout.scale)
+            keys, extra = load_tile(tile, local, source, chosen)
+            part, d_o = widened(q[:, rows]), widened(grad_out[:, rows])
+            p_sink, near, far = tile_weights(part, keys, extra, wide_sink, tile, layout.scale)
             t = tile.stop - tile.start
             flat_q, flat_d = part.reshape(B, t * N, H), d_o.reshape(B, t * N, Hv)
             each_q, each_d, values = flat_q, flat_d, extra

@@ -26,11 +26,11 @@ from longreach.ops.attention import (
     EntrySource,
     Layout,
     TensorEntries,
-    _load,
-    _Tile,
-    _tile_weights,
-    _tiles,
-    _wide,
+    Tile,
+    load_tile,
+    tile_weights,
+    tiles_of,
+    widened,
 )
 from longreach.ops.index import index_scores_reference, select_top
 
@@ -160,7 +160,7 @@ def attention_recall(
     B, T, N, _ = q_BTNH.shape
     recall = _no_recall(q_BTNH)
     sink = _wide_sink(sink_N, q_BTNH)
-    for tile in _tiles(layout, T, B, N, local_BSH.shape[1], None, q_BTNH.device):
+    for tile in tiles_of(layout, T, B, N, local_BSH.shape[1], None, q_BTNH.device):
         if layout.visible(tile.start, tile.stop)[1] > topk:
             teacher = _teacher(q_BTNH, local_BSH, entries, sink, layout, tile, None)
             recall += _recall(teacher, chosen_BTK[:, tile.start : tile.stop], layout, tile, topk)
@@ -192,8 +192,8 @@ def index_loss_reference(
 
     @torch.no_grad()
     def teacher(allowed: Tensor) -> Tensor:
-        keys = _wide(torch.cat([local_BSH, entries_BSH], dim=1))
-        logits = torch.einsum("btnh,bsh->btns", _wide(q_BTNH), keys) * layout.scale
+        keys = widened(torch.cat([local_BSH, entries_BSH], dim=1))
+        logits = torch.einsum("btnh,bsh->btns", widened(q_BTNH), keys) * layout.scale
         seen = torch.cat([near.expand(B, T, -1), allowed], dim=-1)
         logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
         sink = torch.full((N,), float("-inf")) if sink_N is None else sink_N
@@ -201,7 +201,7 @@ def index_loss_reference(
         mass = logits.softmax(dim=-1)[..., local_BSH.shape[1] : -1].nan_to_num().sum(dim=2)
         return torch.nn.functional.normalize(mass, p=1, dim=-1, eps=torch.finfo(mass.dtype).tiny)
 
-    scores = index_scores_reference(_wide(index_q_BTNH), _wide(index_weight_BTN), _wide(index_keys_BSH))
+    scores = index_scores_reference(widened(index_q_BTNH), widened(index_weight_BTN), widened(index_keys_BSH))
     taught = allowed.any(dim=-1)
     log_student = scores.masked_fill(~allowed, float("-inf"))[taught].log_softmax(dim=-1)
     p = teacher(allowed)[taught]
@@ -238,7 +238,7 @@ def _over_tiles(
     B, T, N, _ = q.shape
     Ni, Hi = index_q.shape[2:]
     wide_sink = _wide_sink(sink, q)
-    total = torch.zeros((), dtype=_wide(q).dtype, device=q.device)
+    total = torch.zeros((), dtype=widened(q).dtype, device=q.device)
     queries = torch.zeros((), dtype=torch.int64, device=q.device)
     recall = _no_recall(q)
     d_q = torch.zeros_like(index_q, memory_format=torch.contiguous_format) if learns else None
@@ -246,23 +246,23 @@ def _over_tiles(
     d_keys = None
     if learns and isinstance(index_keys, TensorEntries):
         held = index_keys.entries
-        d_keys = torch.zeros(held.shape, dtype=_wide(held).dtype, device=held.device)
-    for tile in _tiles(layout, T, B, max(N, Ni), local.shape[1], chosen, q.device):
+        d_keys = torch.zeros(held.shape, dtype=widened(held).dtype, device=held.device)
+    for tile in tiles_of(layout, T, B, max(N, Ni), local.shape[1], chosen, q.device):
         if not tile.gathered and not tile.num_entries:
             continue
         assert index_keys is not None
         t, rows = tile.stop - tile.start, slice(tile.start, tile.stop)
         teacher = _teacher(q, local, entries, wide_sink, layout, tile, chosen)
-        weight = _wide(index_weight[:, rows])
+        weight = widened(index_weight[:, rows])
         # One product per row of a query-and-heads matrix: all heads of the tile share keys read in full, a query's own
         # heads share the ones gathered for it.
         if tile.gathered:
             assert chosen is not None
-            keys = _wide(index_keys.gather(chosen[:, rows])).flatten(0, 1)
-            queries_heads = _wide(index_q[:, rows]).reshape(B * t, Ni, Hi)
+            keys = widened(index_keys.gather(chosen[:, rows])).flatten(0, 1)
+            queries_heads = widened(index_q[:, rows]).reshape(B * t, Ni, Hi)
         else:
-            keys = _wide(index_keys.read(tile.num_entries))
-            queries_heads = _wide(index_q[:, rows]).reshape(B, t * Ni, Hi)
+            keys = widened(index_keys.read(tile.num_entries))
+            queries_heads = widened(index_q[:, rows]).reshape(B, t * Ni, Hi)
         products = torch.bmm(queries_heads, keys.transpose(1, 2)).relu_().view(B * t, Ni, -1)
         scores = torch.bmm(weight.reshape(B * t, 1, Ni), products).view(B, t, -1)
         if tile.entry_bias is None:
@@ -304,18 +304,18 @@ def _teacher(
     entries: EntrySource | None,
     sink: Tensor | None,
     layout: Layout,
-    tile: _Tile,
+    tile: Tile,
     chosen: Tensor | None,
 ) -> Tensor:
     """Attention on the tile's entries, summed over heads, then to one: `[B, t, E]`. All zero where it underflows."""
-    keys, extra = _load(tile, local, entries, chosen)
-    _, _, far = _tile_weights(_wide(q[:, tile.start : tile.stop]), keys, extra, sink, tile, layout.scale)
+    keys, extra = load_tile(tile, local, entries, chosen)
+    _, _, far = tile_weights(widened(q[:, tile.start : tile.stop]), keys, extra, sink, tile, layout.scale)
     assert far is not None
     mass = far.sum(dim=2)
     return mass.div_(mass.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(mass.dtype).tiny))
 
 
-def _recall(teacher_BtE: Tensor, chosen_BtK: Tensor, layout: Layout, tile: _Tile, topk: int) -> Recall:
+def _recall(teacher_BtE: Tensor, chosen_BtK: Tensor, layout: Layout, tile: Tile, topk: int) -> Recall:
     """Of the tile's queries that see more than `topk` entries."""
     first = max(0, (topk + 1) * layout.ratio - 1 - layout.first_query - tile.start)
     positions = torch.arange(tile.start + first, tile.stop, device=teacher_BtE.device) + layout.first_query
@@ -328,12 +328,12 @@ def _recall(teacher_BtE: Tensor, chosen_BtK: Tensor, layout: Layout, tile: _Tile
 
 
 def _no_recall(like: Tensor) -> Recall:
-    zero = torch.zeros((), dtype=_wide(like).dtype, device=like.device)
+    zero = torch.zeros((), dtype=widened(like).dtype, device=like.device)
     return Recall(zero, zero, torch.zeros((), dtype=torch.int64, device=like.device))
 
 
 def _wide_sink(sink: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if sink is None else sink.to(_wide(q).dtype)
+    return None if sink is None else sink.to(widened(q).dtype)
 
 
 def _as_mask(chosen_BTK: Tensor, size: int) -> Tensor:

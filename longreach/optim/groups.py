@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -127,7 +127,7 @@ def _matrices(p: Tensor) -> int:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore
+        model = cast(nn.Module, model.module if isinstance(model, DistributedDataParallel) else model._orig_mod)
     return model
 
 
