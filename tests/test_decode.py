@@ -14,6 +14,7 @@ import torch
 
 from longreach.model.config import ModelConfig
 from longreach.model.decode import NativeStep
+from longreach.model.native_pass import NativeRows
 from longreach.model.transformer import Transformer
 from longreach.native import build, library, status
 from longreach.ops.index import select_top
@@ -67,6 +68,7 @@ def without_native():
     """PyTorch's operators only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NativeStep, "of", classmethod(lambda cls, model: None))
+        patch.setattr(NativeRows, "of", classmethod(lambda cls, model: None))
         patch.setattr("longreach.ops.linear.library", lambda: None)
         yield
 
@@ -74,9 +76,10 @@ def without_native():
 @contextmanager
 def counted():
     """How often the compiled step was taken."""
-    taken, original = [], NativeStep.advance
+    taken, by_step, by_rows = [], NativeStep.advance, NativeRows.decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NativeStep, "advance", lambda *arguments: (taken.append(1), original(*arguments))[1])
+        patch.setattr(NativeStep, "advance", lambda *arguments: (taken.append(1), by_step(*arguments))[1])
+        patch.setattr(NativeRows, "decode", lambda *arguments: (taken.append(1), by_rows(*arguments))[1])
         yield taken
 
 

@@ -21,7 +21,7 @@ from longreach.model.config import ModelConfig
 from longreach.model.indexer import Indexer
 from longreach.model.layers import Linear, RMSNorm
 from longreach.model.passing import Pass, Span
-from longreach.model.stores import GraphPool, LayerStore, Pool
+from longreach.model.stores import Entries, GraphPool, LayerStore
 from longreach.ops.attention import Layout, TensorEntries, sparse_attention
 from longreach.ops.index_loss import index_loss
 from longreach.ops.norm import rms_norm
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         self,
         parts: dict[str, Tensor],
         local: Tensor,
-        source: Pool | TensorEntries | None,
+        source: Entries | TensorEntries | None,
         chosen: Tensor | None,
         layout: Layout,
         span: Span,
@@ -173,12 +173,12 @@ def round_entries(config: ModelConfig, kv: Tensor) -> Tensor:
     return torch.cat([fp8_roundtrip(nope, KV_BLOCK), rotary], dim=-1)
 
 
-def entry_source(store: LayerStore, nominal: int) -> Pool | TensorEntries | None:
+def entry_source(store: LayerStore, nominal: int) -> Entries | TensorEntries | None:
     """The entries a span may read: `nominal` of them, zeros where they are not complete yet. None if there are none."""
     return source_of(store.entries, nominal)
 
 
-def source_of(pool: Pool | GraphPool | None, nominal: int) -> Pool | TensorEntries | None:
+def source_of(pool: Entries | None, nominal: int) -> Entries | TensorEntries | None:
     """`entry_source` for any pool of the layer."""
     if nominal == 0:
         return None

@@ -1,35 +1,31 @@
-"""One decoded token per sequence through the compiled functions of `native`: the same layers, without operators' overhead.
+"""One decoded token per sequence through the compiled functions of `native`, between stores of any format.
 
     step = NativeStep.of(model)                 None where the model or the machine is not suited
     if step and step.suits(part, spans): features = step.advance(part, spans)
 
-`model.attention`, `model.feedforward` and `model.hyper_connection` say what is computed; here only is arranged who calls
-whom. What a layer remembers goes through the same stores, and blocks that become full are compressed by the same
-`Compressor`. Float32 on a CPU, `arithmetic="fast"`.
+For what `model.native_pass` leaves aside: caches in fewer bits than float32, and models that round as the released code
+does. `model.attention`, `model.feedforward` and `model.hyper_connection` say what is computed; here only is arranged who
+calls whom. What a layer remembers goes through the same stores, and blocks that become full are compressed by the same
+`Compressor`. Float32 weights on a CPU, `arithmetic="fast"`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from ctypes import addressof
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from longreach.model.attention import Attention, report_selection, round_entries
+from longreach.model.bind import are_current, bind_collapse, bind_layer, is_suited, weights
 from longreach.model.block import Block
-from longreach.model.compressor import Compressor
 from longreach.model.features import Features, Part
-from longreach.model.feedforward import FeedForward, MixtureOfExperts
-from longreach.model.hyper_connection import HyperConnection, StreamCollapse
 from longreach.model.passing import Pass, Span, frequencies
 from longreach.model.stores import LayerStore
-from longreach.native.library import MAX_ROWS, AttentionWeights, CompressorWeights, Hyper, MixtureWeights, library
+from longreach.native.library import MAX_ROWS, library
 from longreach.ops.rope import rope_table
-
-SCORING = {"sqrtsoftplus": 0, "sigmoid": 1, "softmax": 2}
-
 
 _bound: weakref.WeakKeyDictionary[nn.Module, tuple[int, NativeStep | None]] = weakref.WeakKeyDictionary()
 """Beside the models, not in them: addresses must not travel with a copied or pickled model."""
@@ -42,13 +38,9 @@ class NativeStep:
         self.native = native
         c = self.config = cast(Any, model).config
         self.embed: nn.Embedding = cast(Any, model).embed
-        self.watched = list(_parameters(model))
+        self.watched = weights(model)
         self.layers = [NativeLayer(block) for block in cast(Any, model).layers]
-        collapse = cast(StreamCollapse, model.collapse)
-        self.collapse = Hyper(
-            fn=collapse.fn, base=collapse.base, scale=collapse.scale, norm=cast(Any, model.norm).weight,
-            n=c.hc_mult, D=c.hidden_size, eps=c.hc_eps, norm_eps=c.rms_norm_eps, input_eps=c.rms_norm_eps,
-        )  # fmt: skip
+        self.collapse = bind_collapse(cast(Any, model).collapse, cast(Any, model).norm, c)
         self.frequencies = {compressed: frequencies(c, compressed) for compressed in (False, True)}
 
     @classmethod
@@ -67,7 +59,7 @@ class NativeStep:
 
     def is_current(self) -> bool:
         """Whether every bound weight is where it was."""
-        return all(held[name] is p and p.data_ptr() == address for held, name, p, address in self.watched)
+        return are_current(self.watched)
 
     def suits(self, part: Part, spans: list[Span]) -> bool:
         """Whether this pass is one token for each of a few rows, with nothing asked that only the full pass gives."""
@@ -100,7 +92,7 @@ class NativeStep:
         for layer in self.layers:
             layer.advance(step)
         hidden = streams.new_empty(M, c.hidden_size)
-        native.lr_collapse(self.collapse.pointer, M, streams.data_ptr(), hidden.data_ptr())
+        native.lr_collapse(self.collapse.pointer, M, streams.data_ptr(), step.z.data_ptr(), hidden.data_ptr())
         return Features(hidden.unsqueeze(1), pass_.routing, selection=pass_.selection)
 
 
@@ -115,7 +107,7 @@ class Step:
         M, n, D = streams.shape
         self.M = M
         self.x, self.y = streams.new_empty(2, M, D).unbind()
-        self.post, self.comb = streams.new_empty(M, n), streams.new_empty(M, n, n)
+        self.post, self.comb, self.z = (streams.new_empty(M, size) for size in (n, n * n, (2 + n) * n))
 
 
 class NativeLayer:
@@ -125,10 +117,11 @@ class NativeLayer:
         self.attention = cast(Attention, block.attn)
         c = self.config = self.attention.config
         self.kind, self.layer = self.attention.kind, block.layer
-        self.attn_hc = _hyper(cast(HyperConnection, block.attn_hc), block.attn_norm.weight, c)
-        self.ffn_hc = _hyper(cast(HyperConnection, block.ffn_hc), block.ffn_norm.weight, c)
-        self.attn = _attention(self.attention)
-        self.ffn = _mixture(block.ffn, c)
+        self.weights = bind_layer(block)
+        self.attn, self.ffn = self.weights.attn, self.weights.ffn
+        self.attn_hc, self.ffn_hc, self.attn_at, self.ffn_at = map(
+            addressof, (self.weights.attn_hc, self.weights.ffn_hc, self.attn, self.ffn)
+        )
         self.ratio = self.attention.ratio
         self.rounded = c.numerics == "official"
 
@@ -136,17 +129,16 @@ class NativeLayer:
         native, M = step.native, step.M
         streams, x, y = step.streams.data_ptr(), step.x.data_ptr(), step.y.data_ptr()
         post, comb = step.post.data_ptr(), step.comb.data_ptr()
-        native.lr_hyper_enter(self.attn_hc.pointer, M, streams, x, post, comb)
+        z = step.z.data_ptr()
+        native.lr_hyper_enter(self.attn_hc, M, streams, z, x, post, comb)
         self._attend(step)
-        native.lr_hyper_leave(self.attn_hc.pointer, M, streams, y, post, comb)
-        native.lr_hyper_enter(self.ffn_hc.pointer, M, streams, x, post, comb)
-        e = self.ffn
-        scratch = step.x.new_empty(2 * max(e.f, e.shared_f) + e.D + 2 * e.E)
-        chosen = step.tokens.new_empty(M, 1, e.K)
-        native.lr_mixture(e.pointer, M, x, step.tokens.data_ptr(), scratch.data_ptr(), chosen.data_ptr(), y)
-        if e.E:
-            step.pass_.keep_routing(self.layer, chosen, scratch)
-        native.lr_hyper_leave(self.ffn_hc.pointer, M, streams, y, post, comb)
+        native.lr_hyper_leave(self.attn_hc, M, streams, y, post, comb)
+        native.lr_hyper_enter(self.ffn_hc, M, streams, z, x, post, comb)
+        chosen = step.tokens.new_empty(M, 1, self.ffn.K)
+        native.lr_mixture(self.ffn_at, M, x, step.tokens.data_ptr(), chosen.data_ptr(), y)
+        if self.ffn.E:
+            step.pass_.keep_routing(self.layer, chosen, step.x)
+        native.lr_hyper_leave(self.ffn_hc, M, streams, y, post, comb)
 
     def _attend(self, step: Step) -> None:
         """step.x to step.y, through the stores."""
@@ -158,7 +150,7 @@ class NativeLayer:
         index_raw = new(M, 1, 2 * a.index_compressor.channels)
         scratch = new(M * max(a.rank, a.groups * a.o_rank))
         native.lr_attention_in(
-            a.pointer, M, step.x.data_ptr(), step.positions.data_ptr(), table, scratch.data_ptr(), q.data_ptr(),
+            self.attn_at, M, step.x.data_ptr(), step.positions.data_ptr(), table, scratch.data_ptr(), q.data_ptr(),
             kv.data_ptr(), raw.data_ptr(), index_q.data_ptr(), index_weight.data_ptr(), index_raw.data_ptr(),
         )  # fmt: skip
         if self.rounded:
@@ -177,7 +169,7 @@ class NativeLayer:
                 entries = cast(Any, store.entries)
                 extra = entries.read(visible) if chosen is None else entries.gather(chosen).squeeze(1)
             self._mix(q[rows], local, extra, out[rows], native)
-        native.lr_attention_out(a.pointer, M, out.data_ptr(), table, scratch.data_ptr(), step.y.data_ptr())
+        native.lr_attention_out(self.attn_at, M, out.data_ptr(), table, scratch.data_ptr(), step.y.data_ptr())
 
     def _remember(
         self, kv: Tensor, raw: Tensor, index_raw: Tensor, span: Span, store: LayerStore, pass_: Pass
@@ -229,17 +221,13 @@ class NativeLayer:
         near = _rows(local) if local is not None else None
         far = _rows(extra) if extra is not None else None
         L, E = near.shape[1] if near is not None else 0, far.shape[1] if far is not None else 0
-        scratch = q.new_empty(q.shape[1] * (L + E))
         for row in range(q.shape[0]):
             native.lr_attend(
-                self.attn.pointer, q[row].data_ptr(),
+                self.attn_at, q[row].data_ptr(),
                 near.data_ptr() + 4 * row * near.stride(0) if near is not None else None, L,
                 far.data_ptr() + 4 * row * far.stride(0) if far is not None else None, E,
-                scratch.data_ptr(), out[row].data_ptr(),
+                out[row].data_ptr(),
             )  # fmt: skip
-
-
-# ---- binding -----------------------------------------------------------------------------------------------------------
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -248,76 +236,5 @@ def _rows(values: Tensor) -> Tensor:
     return values.float() if packed else values.float().contiguous()
 
 
-def _hyper(connection: HyperConnection, norm: Tensor, c: Any) -> Hyper:
-    return Hyper(
-        fn=connection.fn, base=connection.base, scale=connection.scale, norm=norm, n=connection.streams, D=c.hidden_size,
-        iters=connection.iters, constrained=int(connection.constrained), eps=connection.eps,
-        norm_eps=connection.norm_eps, input_eps=c.rms_norm_eps,
-    )  # fmt: skip
-
-
-def _compressor(module: Compressor | None) -> CompressorWeights:
-    if module is None:
-        return CompressorWeights()
-    return CompressorWeights(
-        wkv=module.wkv.weight, wgate=module.wgate.weight, ape=module.ape, channels=module.ape.shape[1], ratio=module.ratio
-    )  # fmt: skip
-
-
-def _attention(a: Attention) -> AttentionWeights:
-    c = a.config
-    indexer = a.indexer if a.kind == "csa" else None
-    return AttentionWeights(
-        wq_a=a.wq_a.weight, q_norm=a.q_norm.weight, wq_b=a.wq_b.weight, wkv=a.wkv.weight, kv_norm=a.kv_norm.weight,
-        wo_a=a.wo_a.weight, wo_b=a.wo_b.weight, sink=a.attn_sink,
-        index_wq_b=indexer.wq_b.weight if indexer else None,
-        index_weights=indexer.weights_proj.weight if indexer else None,
-        compressor=_compressor(a.compressor if a.kind in ("csa", "hca") else None),
-        index_compressor=_compressor(indexer.compressor if indexer else None),
-        D=c.hidden_size, rank=c.q_lora_rank, N=c.num_attention_heads, H=c.head_dim, rope=c.qk_rope_head_dim,
-        groups=c.o_groups, o_rank=c.o_lora_rank, index_heads=c.index_n_heads if indexer else 0,
-        index_dim=c.index_head_dim if indexer else 0, eps=c.rms_norm_eps, scale=c.head_dim**-0.5,
-        index_scale=indexer.scale if indexer else 0.0,
-    )  # fmt: skip
-
-
-def _mixture(ffn: nn.Module, c: Any) -> MixtureWeights:
-    if isinstance(ffn, FeedForward):  # a dense layer is a shared expert alone
-        return MixtureWeights(
-            shared_w1=ffn.w1.weight, shared_w3=ffn.w3.weight, shared_w2=ffn.w2.weight, D=c.hidden_size,
-            shared_f=ffn.w1.weight.shape[0], limit=ffn.limit,
-        )  # fmt: skip
-    ffn = cast(MixtureOfExperts, ffn)
-    shared, experts, gate = ffn.shared_experts, ffn.experts, ffn.gate
-    return MixtureWeights(
-        gate=gate.weight, bias=gate.bias, table=gate.tid2eid, w1=experts.w1, w3=experts.w3, w2=experts.w2,
-        shared_w1=shared.w1.weight, shared_w3=shared.w3.weight, shared_w2=shared.w2.weight, D=c.hidden_size,
-        E=c.n_routed_experts, K=c.num_experts_per_tok, f=c.moe_intermediate_size, scoring=SCORING[c.scoring_func],
-        shared_f=shared.w1.weight.shape[0], limit=ffn.limit, scale=c.routed_scaling_factor,
-    )  # fmt: skip
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor, int]]:
-    """Where each weight and buffer of the main model hangs, and its address."""
-    m = cast(Any, model)
-    for part in (m.embed, *m.layers, m.collapse, m.norm):
-        for module in part.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        yield held, name, tensor, tensor.data_ptr()
-
-
 def _suited(model: nn.Module) -> bool:
-    """Whether every layer is one the compiled functions know, with float32 weights on the CPU."""
-    c = cast(Any, model).config
-    rounds_inputs = c.numerics == "official" and c.weight_format != "plain"
-    if c.attention == "mla" or c.residual == "plain" or c.arithmetic != "fast" or rounds_inputs or c.n_group > 1:
-        return False
-    if c.scoring_func not in SCORING:
-        return False
-    for _, _, tensor, _ in _parameters(model):
-        floats = tensor.dtype == torch.float32 or not tensor.is_floating_point()
-        if tensor.device.type != "cpu" or not floats or not tensor.is_contiguous():
-            return False
-    return True
+    return is_suited(model) and cast(Any, model).config.arithmetic == "fast"

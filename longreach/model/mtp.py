@@ -40,7 +40,15 @@ class MTPBlock(Block):
 
     def draft(self, streams: Tensor, next_embedding_BTD: Tensor, pass_: Pass) -> Tensor:
         """Hidden states `[B, T, D]`, normed: position t, told token t+1, for predicting token t+2."""
+        return self.read(self.continued(streams, next_embedding_BTD, pass_))
+
+    def continued(self, streams: Tensor, next_embedding_BTD: Tensor, pass_: Pass) -> Tensor:
+        """The streams after this block; as input of another call they stand in for the main model's, one token on."""
         e = self.e_proj(self.enorm(next_embedding_BTD))
         if streams.dim() == 4:
             e = e.unsqueeze(2)
-        return self.norm(self.collapse(super().forward(e + self.h_proj(self.hnorm(streams)), pass_)))
+        return super().forward(e + self.h_proj(self.hnorm(streams)), pass_)
+
+    def read(self, streams: Tensor) -> Tensor:
+        """What the head reads of them."""
+        return self.norm(self.collapse(streams))

@@ -211,6 +211,14 @@ class Recent:
         self.buffer = torch.zeros(batch, keep + REWIND, codec.width, dtype=codec.dtype, device=device)
         self.lo = self.hi = 0
 
+    @classmethod
+    def over(cls, buffer: Tensor, keep: int, codec: Codec, dtype: torch.dtype, lo: int, hi: int) -> Recent:
+        """A store over somebody's rows `[B, keep + REWIND, width]`, which hold positions [lo, hi) from row 0 on."""
+        store = object.__new__(cls)
+        store.codec, store.keep, store.out_dtype = codec, keep, dtype
+        store.buffer, store.lo, store.hi = buffer, lo, hi
+        return store
+
     def push(self, values: Tensor) -> None:
         """Append values `[B, t, width]` of the next t positions."""
         t = values.shape[1]
@@ -458,6 +466,21 @@ class GraphPool:
         return gather_entries(self.entries, index_BTK.clamp(0, self.count - 1))
 
 
+class Entries(Protocol):
+    """What a layer needs of its compressed entries: `Pool`, `GraphPool`, or the pages of an engine."""
+
+    @property
+    def count(self) -> int: ...
+
+    def append(self, values: Tensor) -> None: ...
+
+    def read(self, count: int) -> Tensor: ...
+
+    def blocks(self, count: int, size: int = INDEX_BLOCK) -> Iterator[Tensor]: ...
+
+    def gather(self, index_BTK: Tensor) -> Tensor: ...
+
+
 def _padded(held: Tensor, before: int, after: int) -> Tensor:
     if not before and not after:
         return held
@@ -476,9 +499,9 @@ class LayerStore:
 
     window: Recent | GraphRecent | None = None
     raw: Recent | GraphRecent | None = None
-    entries: Pool | GraphPool | None = None
+    entries: Entries | None = None
     index_raw: Recent | GraphRecent | None = None
-    index_entries: Pool | GraphPool | None = None
+    index_entries: Entries | None = None
 
     def parts(self) -> dict[str, Any]:
         return {f.name: part for f in dataclasses.fields(self) if (part := getattr(self, f.name)) is not None}

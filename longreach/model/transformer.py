@@ -6,14 +6,16 @@
     logits = model(tokens, cache, logits_to_keep=1)      continues the cache; any chunking gives the same
 
 One forward serves training, prefill and decoding. Without gradients a long call runs in chunks over its own cache, so
-memory beyond the weights is the cache plus one chunk. With `arithmetic="invariant"` every call is cut into tiles of
-`INVARIANT_TILE` positions aligned to the start of each sequence, one row at a time and padded to full size: the same
-tile always runs the same operations on the same shapes, so a position's bits depend on its own text alone.
+memory beyond the weights is the cache plus one chunk. With `arithmetic="invariant"` a position's bits depend on its own
+text alone: compiled functions compute each row by itself (`model.native_pass`), and where they do not apply every call is
+cut into tiles of `INVARIANT_TILE` positions aligned to the start of each sequence, one row at a time and padded to full
+size, so that the same tile always runs the same operations on the same shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -40,12 +42,14 @@ from longreach.model.features import (
 from longreach.model.hyper_connection import StreamCollapse, expand_streams
 from longreach.model.layers import RMSNorm
 from longreach.model.mtp import MTPBlock
+from longreach.model.native_pass import NativeRows, Run, product, replaced
+from longreach.model.paged import Segment
 from longreach.model.passing import Pass, Span
 from longreach.model.stores import LayerStore, Precision, graph_stores
 from longreach.ops.linear import linear
 
 INVARIANT_TILE = 32
-"""Positions per tile of the invariant arithmetic: decoding one token costs a tile, and prefill runs in products of 32 rows."""
+"""Positions per tile of the invariant arithmetic where compiled rows do not apply: decoding one token costs a tile."""
 
 CHUNK_VALUES, CHUNK_TOKENS = 1 << 22, 2048
 """Bounds of a chunk of a long pass without gradients: residual-stream values (16 MiB in float32), and tokens."""
@@ -65,7 +69,10 @@ class Head(nn.Module):
         x, weight = hidden.to(wide), self.weight.to(wide)
         if not self.invariant:
             return linear(x, weight)
-        # One product per position: hidden states carry no alignment, so no other shape is sure to be the same each time.
+        # Hidden states carry no alignment, so each position is a product of its own: compiled rows are that, and where
+        # they do not apply, one call of PyTorch's per position.
+        if (rows := product(x, weight)) is not None:
+            return replaced(F.linear(x, weight), rows) if torch.is_grad_enabled() else rows
         rows = [F.linear(row.unsqueeze(0), weight) for row in x.reshape(-1, x.shape[-1])]
         return torch.cat(rows).view(*x.shape[:-1], -1) if rows else x.new_zeros(*x.shape[:-1], weight.shape[0])
 
@@ -190,6 +197,72 @@ class Transformer(nn.Module):
             tokens, cache, positions, documents, routing, selection, attention == "dense", lengths, tuple(keep)
         )
 
+    @torch.inference_mode()
+    def extend(self, segments: Sequence[Segment], *, streams: bool = False) -> Features:
+        """Continue sequences of an arena by their new tokens, several in one pass.
+
+        Args:
+            segments: new tokens of different sequences, at most `chunk_tokens` in all. Their page tables reach as far
+                as the tokens do, and no page that is written is read by another sequence.
+            streams: also return the residual streams, which the MTP block reads.
+
+        Returns:
+            `hidden [1, total, D]`, segment after segment. The sequences' `length`s have advanced.
+        """
+        tokens = torch.tensor([[t for s in segments for t in s.tokens]], dtype=torch.int64, device=self.device)
+        if (rows := self._rows_for(segments)) is not None:
+            hidden, after = rows.advance(tokens[0], segments, streams)
+            return Features(hidden.unsqueeze(0), streams=after.unsqueeze(0) if after is not None else None)
+        keep = ("streams",) if streams else ()
+        ask = Request(tokens, None, None, False, keep, None, None)
+        bounds = list(pairwise(accumulate((len(s.tokens) for s in segments), initial=0)))
+        stores = [segment.sequence.stores() for segment in segments]
+        firsts = [segment.sequence.length for segment in segments]
+        if self.config.arithmetic == "invariant":
+            runs = [(0, a, b, first, held) for (a, b), first, held in zip(bounds, firsts, stores, strict=True)]
+            out = self._run_invariant(ask, runs)
+        else:
+            spans = [
+                Span(slice(0, 1), slice(a, b), first, slice(0, b - a), held)
+                for (a, b), first, held in zip(bounds, firsts, stores, strict=True)
+            ]
+            out = self._pass(ask.part(slice(0, tokens.shape[1])), spans)
+        for segment, held in zip(segments, stores, strict=True):
+            segment.sequence.advance(len(segment.tokens), held)
+        return out
+
+    @torch.inference_mode()
+    def draft(self, segments: Sequence[Segment], streams: Tensor) -> tuple[Tensor, Tensor]:
+        """What the MTP block makes of positions whose successors are known; advances the windows it keeps.
+
+        Args:
+            segments: for each sequence the tokens that follow the next positions of its MTP window.
+            streams: the main model's streams at those positions `[1, total, n, D]`, or this block's own.
+
+        Returns:
+            Hidden states for the head `[1, total, D]`, and the streams after the block.
+        """
+        tokens = torch.tensor([[t for s in segments for t in s.tokens]], dtype=torch.int64, device=self.device)
+        if (rows := self._rows_for(segments)) is not None:
+            hidden, after = rows.draft(tokens[0], segments, streams[0])
+            return hidden.unsqueeze(0), after.unsqueeze(0)
+        bounds = list(pairwise(accumulate((len(s.tokens) for s in segments), initial=0)))
+        stores = [segment.sequence.mtp_stores() for segment in segments]
+        spans = [
+            Span(slice(0, 1), slice(a, b), segment.sequence.extent.mtp_hi, slice(0, b - a), held)
+            for (a, b), segment, held in zip(bounds, segments, stores, strict=True)
+        ]
+        block = cast(MTPBlock, self.mtp[0])
+        out = block.continued(streams, self.embed(tokens), Pass(self.config, tokens, spans))
+        for segment, held in zip(segments, stores, strict=True):
+            segment.sequence.advance_mtp(len(segment.tokens), held)
+        return block.read(out), out
+
+    def _rows_for(self, segments: Sequence[Segment]) -> NativeRows | None:
+        """The compiled functions for these segments; None where they do not apply."""
+        rows = NativeRows.of(self)
+        return rows if rows is not None and rows.suits_segments(segments) else None
+
     # ---- how a call is cut into passes ------------------------------------------------------------------------------
 
     def _run(
@@ -215,7 +288,7 @@ class Transformer(nn.Module):
             return self._run_cached(ask, cache)
         runs = document_runs(tokens, documents, positions, lengths)
         if self.config.arithmetic == "invariant":
-            return self._run_invariant(ask, [(row, start, stop, 0, self._graph_stores()) for row, start, stop in runs])
+            return self._run_invariant(ask, [(row, start, stop, 0, None) for row, start, stop in runs])
         whole = all(start == 0 and stop == T for _, start, stop in runs)
         if whole and self.chunk_tokens < T and not torch.is_grad_enabled() and "mtp" not in keep:
             cache = self.new_cache(B, "float32" if self.dtype != torch.bfloat16 else "bfloat16")
@@ -248,8 +321,9 @@ class Transformer(nn.Module):
         if len(set(lengths)) > 1 or self.config.arithmetic == "invariant":
             cache.split_rows()
         if self.config.arithmetic == "invariant":
-            runs = [(b, 0, n, g.length, g.stores) for b, (n, g) in enumerate(zip(lengths, cache.groups, strict=True))]
-            out = self._run_invariant(ask, [run for run in runs if run[2]])
+            rows = enumerate(zip(lengths, cache.groups, strict=True))
+            runs: list[Run] = [(row, 0, n, group.length, group.stores) for row, (n, group) in rows if n]
+            out = self._run_invariant(ask, runs)
             for n, group in zip(lengths, cache.groups, strict=True):
                 group.length += n
             return out
@@ -266,21 +340,31 @@ class Transformer(nn.Module):
                 row += group.batch
             if spans:
                 part = ask.part(slice(start, stop))
-                step = NativeStep.of(self) if T == 1 else None
-                outputs.append(
-                    step.advance(part, spans)
-                    if step is not None and step.suits(part, spans)
-                    else self._pass(part, spans)
-                )
+                outputs.append(self._compiled(part, spans) or self._pass(part, spans))
                 if ask.keep_last is not None and ask.lengths is None:
                     outputs = trim(outputs, ask.keep_last)
         return ask.finish(outputs, T)
 
-    def _run_invariant(self, ask: Request, runs: list[tuple[int, int, int, int, list[LayerStore]]]) -> Features:
-        """Tile by tile over each run of one row's tokens: (row, start, stop, position of the first, stores)."""
+    def _compiled(self, part: Part, spans: list[Span]) -> Features | None:
+        """A pass by compiled functions; None where those do not apply."""
+        if (rows := NativeRows.of(self)) is not None and rows.suits_spans(part, spans):
+            return rows.decode(part, spans)
+        step = NativeStep.of(self) if part.tokens.shape[1] == 1 else None
+        return step.advance(part, spans) if step is not None and step.suits(part, spans) else None
+
+    def _run_invariant(self, ask: Request, runs: Sequence[Run]) -> Features:
+        """By compiled rows where they apply; else tile by tile over each run."""
         B, T = ask.tokens.shape
+        compiled, runs = NativeRows.of(self), list(runs)
+        if compiled is not None and runs and all(compiled.suits(stores) for *_, stores in runs):
+            has_index_loss = bool({"index_loss", "index_recall"} & set(ask.keep))
+            if all(stores is None for *_, stores in runs) and (torch.is_grad_enabled() or has_index_loss):
+                return ask.finish([compiled.learn(ask, runs)], T)
+            if not has_index_loss:
+                return compiled.run(ask, runs)
         rows: list[list[tuple[int, Features]]] = [[] for _ in range(B)]
-        for row, start, stop, first, stores in runs:
+        for row, start, stop, first, given in runs:
+            stores = given if given is not None else self._graph_stores()
             at = start
             while at < stop:
                 position = first + at - start

@@ -1,4 +1,4 @@
-"""C beside PyTorch: what a decoded token needs, compiled on the machine that runs it.
+"""C beside PyTorch: the arithmetic of whole layers, compiled on the machine that runs it.
 
 `library()` gives the loaded functions, or None where there is no C compiler; everything then runs on PyTorch alone.
 """

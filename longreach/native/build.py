@@ -1,7 +1,7 @@
-"""Compiles step.c once per machine, into the user's cache folder.
+"""Compiles the C files of this folder once per machine, into the user's cache folder.
 
 Installing stays plain pip: no compiler is needed for it, and where there is one the code is compiled for the very CPU it
-runs on, in about two seconds, at the first use. The file's name carries a digest of source, compiler and CPU, so a change
+runs on, in a few seconds, at the first use. The file's name carries a digest of source, compiler and CPU, so a change
 of any of them compiles anew and two machines may share a home folder. Nothing is downloaded.
 """
 
@@ -15,14 +15,23 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("step.c")
+FOLDER = Path(__file__).parent
 
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-w", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-         "-fassociative-math")  # fmt: skip
-"""Sums may be re-ordered into vectors; infinities and NaN keep their meaning, which -ffast-math would take away."""
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-w",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
+"""Sums stay in the order written, so that a row's bits do not depend on what the compiler makes of its neighbours."""
 
-OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-"""Tried in turn: not every compiler knows its machine or ships OpenMP."""
+OPTIONAL_FLAGS = (("-march=native",), ())
+"""Tried in turn: not every compiler knows its machine."""
 
 COMPILE_TIMEOUT_S = 120
 
@@ -45,18 +54,19 @@ def build() -> tuple[Path | None, str]:
     compiler = find_compiler()
     if compiler is None:
         return None, "no C compiler found (cc, gcc or clang)"
-    source = SOURCE.read_bytes()
+    sources = sorted(FOLDER.glob("*.c"))
+    source = b"".join(path.read_bytes() for path in (*sources, *sorted(FOLDER.glob("*.h"))))
     key = "\n".join([compiler, _version(compiler), *FLAGS, repr(OPTIONAL_FLAGS), _cpu()]).encode()
-    target = cache_folder() / f"step-{hashlib.sha256(source + key).hexdigest()[:16]}.so"
+    target = cache_folder() / f"rows-{hashlib.sha256(source + key).hexdigest()[:16]}.so"
     if target.is_file():
         return target, f"compiled by {Path(compiler).name}"
     said = ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "step.so"
+            made = Path(folder) / "rows.so"
             for extra in OPTIONAL_FLAGS:
-                command = [compiler, *FLAGS, *extra, str(SOURCE), "-o", str(made), "-lm"]
+                command = [compiler, *FLAGS, *extra, *map(str, sources), "-o", str(made), "-lm"]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
                 if done.returncode == 0:
                     os.replace(made, target)  # whole or not at all, whoever else compiles at the same moment

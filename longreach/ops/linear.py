@@ -1,8 +1,8 @@
 """y = x Wᵀ, with one thing known about products of a few rows on a CPU.
 
 A product with a single row reads its matrix once and is bound by memory. The BLAS reads several matrix rows side by side
-and reaches 9 GB/s here where one stream from end to end reaches 25: `native` walks the matrix that way.
-`longreach bench model` measures decoding with it.
+and reaches 9 GB/s here where one stream from end to end reaches 25: `native` walks the matrix that way, and for some more
+rows fetches what it will read next. `longreach bench model` measures decoding with it.
 """
 
 from __future__ import annotations
