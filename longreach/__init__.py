@@ -3,6 +3,7 @@
     import longreach
     model = longreach.load_model("runs/quickstart")
     logits = model(tokens)
+    answers = longreach.LLM("runs/quickstart").generate(["def main"], longreach.SamplingParams(max_tokens=64))
 
 Public names are loaded on first use, so `import longreach` and `longreach --help` do not wait for torch.
 """
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longreach.checkpoint.load import load_model
+    from longreach.engine.llm import LLM
+    from longreach.engine.sampling import SamplingParams
     from longreach.errors import LongreachError
     from longreach.model.cache import load_cache
     from longreach.model.config import ModelConfig
@@ -23,11 +26,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "LLM",
     "HyperConnection",
     "HyperWrapped",
     "LongreachError",
     "ModelConfig",
     "Muon",
+    "SamplingParams",
     "Transformer",
     "__version__",
     "load_cache",
@@ -35,6 +40,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "LLM": "longreach.engine.llm",
+    "SamplingParams": "longreach.engine.sampling",
     "ModelConfig": "longreach.model.config",
     "Transformer": "longreach.model.transformer",
     "HyperConnection": "longreach.model.hyper_connection",

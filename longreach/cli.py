@@ -16,6 +16,7 @@ import difflib
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "plot": Command("longreach.train.plot", "PlotOptions", "draw the curves of one or several runs"),
     "generate": Command("longreach.generate", "GenerateOptions", "continue a prompt, token by token"),
+    "chat": Command("longreach.chat", "ChatOptions", "talk with a model in the terminal"),
     "convert": Command("longreach.checkpoint.convert", "ConvertOptions", "rewrite a checkpoint in another layout"),
     "inspect": Command("longreach.checkpoint.inspect", "InspectOptions", "say what a checkpoint holds"),
     "compare": Command("longreach.checkpoint.compare", "CompareOptions", "say whether two checkpoints are the same"),
@@ -60,8 +62,13 @@ COMMANDS: dict[str, Command] = {
     "bench train": Command(
         "longreach.bench.train", "TrainBenchOptions", "speed and memory of training, and Muon's cost"
     ),
+    "bench engine": Command(
+        "longreach.bench.engine", "EngineBenchOptions", "batches, prefix hits and speculation of the engine"
+    ),
     "bench cache": Command("longreach.bench.cache", "CacheBenchOptions", "what each storage precision costs and saves"),
 }
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # tyro colours the box when it writes to a terminal
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -139,7 +146,7 @@ def _one_line(box: str) -> str:
     The suggestion after an unknown option is worth keeping; it stands between the first and the second rule.
     """
     sections: list[list[str]] = [[]]
-    for line in box.splitlines():
+    for line in _COLOUR.sub("", box).splitlines():
         text = line.strip("╭╮╰╯│ ")
         if not text.strip("─"):
             sections.append([])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -171,3 +172,17 @@ def test_a_bug_of_ours_keeps_its_traceback(longreach_command, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", {"example": Command("no.such.module", "X", "broken")})
     with pytest.raises(ModuleNotFoundError):
         longreach_command("example")
+
+
+def test_a_wrong_option_is_one_plain_line_on_a_terminal_too():
+    """tyro draws its box in colour when a terminal reads it."""
+    ours, theirs = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "longreach", "inspect", "flash", "--sped", "1"], stdout=theirs, stderr=theirs, cwd=ROOT,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )  # fmt: skip
+    os.close(theirs)
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert done.returncode == 2
+    assert said.replace("\r", "").startswith("longreach inspect: Unrecognized options: --sped") and said.count("\n") == 1

@@ -28,22 +28,27 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"tokenizer"},
     "optim": {"errors"},
     "checkpoint": BASE | {"model", "ops"},
+    "engine": BASE | {"checkpoint", "model", "native", "tokenizer"},
     # applications: never import each other
     "train": BASE | {"checkpoint", "data", "model", "ops", "optim", "plan", "tokenizer"},
     "plan": BASE | {"model"},
-    "bench": BASE | {"checkpoint", "model", "native", "ops", "optim", "plan", "tokenizer"},
-    "generate": BASE | {"checkpoint", "model", "tokenizer"},
+    "bench": BASE | {"checkpoint", "engine", "model", "native", "ops", "optim", "plan", "tokenizer"},
+    "generate": BASE | {"engine", "native", "tokenizer"},
+    "chat": BASE | {"engine", "generate", "tokenizer"},  # stands on generate: its options and its clock
     # above the applications
     "journey": BASE
-    | {"bench", "checkpoint", "data", "generate", "model", "ops", "optim", "plan", "tokenizer", "train"},
+    | {"bench", "checkpoint", "data", "engine", "generate", "model", "ops", "optim", "plan", "tokenizer", "train"},
     # the command line names its verbs as text and loads the chosen one
     "cli": {"errors"},
     "__main__": {"cli"},
-    "__init__": {"checkpoint", "errors", "model", "optim"},
+    "__init__": {"checkpoint", "engine", "errors", "model", "optim"},
 }
 
 # Third-party modules by layer where the list is short on purpose: the mathematics can be read and tested with torch alone.
-ONLY_THESE_LIBRARIES = {"ops": {"torch", "triton"}, "model": {"torch", "safetensors"}, "errors": set(), "cli": {"tyro"}}
+ONLY_THESE_LIBRARIES = {"ops": {"torch", "triton"}, "model": {"torch", "numpy", "safetensors"}, "errors": set(), "cli": {"tyro"}}
+
+# Decided in integers, so that their tests may walk a hundred thousand steps.
+WITHOUT_TORCH = ("pages", "prefix", "request", "sampling", "scheduler", "disk")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -84,6 +89,11 @@ def test_the_lower_layers_need_few_libraries(layer):
                 top = name.split(".")[0]
                 known = top in sys.stdlib_module_names or top in ONLY_THESE_LIBRARIES[layer] | {"longreach"}
                 assert known, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_scheduler_page_table_and_prefix_index_load_no_torch(name):
+    assert not loaded_after(f"import longreach.engine.{name}") & {"torch", "numpy", "tokenizers"}
 
 
 def test_the_layers_form_no_cycle():

@@ -61,6 +61,29 @@ class TransformersPeer:
     def step(self, token: Tensor, cache) -> Tensor:
         return self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, new: int) -> Tensor:
+        """Exactly `new` greedy tokens after each row, as its own users get them."""
+        return self.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            use_cache=True, pad_token_id=0,
+        )[:, tokens.shape[1] :]  # fmt: skip
+
+    def tune_generation(self, tokens: Tensor, new: int = 4) -> str:
+        """The fastest expert implementation for generating after rows like `tokens`."""
+        fastest = float("inf")
+        for experts in EXPERTS:
+            try:
+                self.model.set_experts_implementation(experts)
+                began = time.perf_counter()
+                self.generate(tokens, new)
+            except (RuntimeError, NotImplementedError, ValueError):
+                continue  # not offered for this type or device
+            if (took := time.perf_counter() - began) < fastest:
+                fastest, self.experts = took, experts
+        self.model.set_experts_implementation(self.experts)
+        return self.experts
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token loss, with gradient; as its own users call it."""
         return self.model(tokens, labels=tokens, use_cache=False).loss

@@ -1,0 +1,500 @@
+"""The engine: requests in, tokens out. A step is schedule → run → postprocess.
+
+    engine = Engine(model, tokenizer, EngineOptions(max_running=16))
+    request = engine.submit("def main", SamplingParams(max_tokens=64))
+    while engine.has_work:
+        for output in engine.step():
+            print(output.text, end="")
+
+`submit` and `cancel` may be called from any thread; `step` belongs to one. A request's tokens and log-probabilities do not
+depend, in the invariant arithmetic, on what runs beside it, on how its prompt was cut, on a cache hit or on speculation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from longreach.engine.disk import DiskStore
+from longreach.engine.grammar import GrammarState
+from longreach.engine.memory import Memory, Place, Policy, SetAside, fingerprint_text
+from longreach.engine.request import Request, Status
+from longreach.engine.runner import Rows, Runner
+from longreach.engine.sampler import Sampled, Sampler, SampleRow, TokenCounts
+from longreach.engine.sampling import FinishReason, SamplingParams
+from longreach.engine.scheduler import Hooks, Plan, Scheduler
+from longreach.engine.speculative import MTPDrafter, PromptLookup
+from longreach.engine.stopping import TextStream
+from longreach.errors import RequestError
+from longreach.model.paged import page_nbytes, slot_nbytes
+from longreach.model.stores import PRECISIONS, Precision
+from longreach.model.transformer import Transformer
+from longreach.native import status
+from longreach.tokenizer.bpe import Tokenizer
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much memory an engine may take and what it does with it."""
+
+    max_running: int = 16
+    """Requests that run at once; others wait."""
+    memory_gib: float = 1.0
+    """For state blocks and pages together."""
+    precision: Precision | None = None
+    """How entries are kept: float32, bfloat16 or released (FP8 and 4 bits); None keeps the model's own data type."""
+    step_tokens: int = 256
+    """Prompt tokens read per step while others decode: smaller lets them wait less, larger reads prompts faster."""
+    prefix_cache: bool = True
+    """Remember texts and go on from them."""
+    checkpoints: Policy = "ends"
+    """Where window and tails are kept: ends (of prompts and outputs), periodic, full (every page), zero."""
+    period: int = 4096
+    """Tokens between checkpoints under `periodic`."""
+    checkpoint_gib: float = 0.5
+    """For checkpoints in memory; the least recently used go first."""
+    swap_gib: float = 1.0
+    """For requests set aside when memory is short. Beyond it they are computed again."""
+    disk_cache: Path | None = None
+    """Directory of the second tier of the prefix cache; None for none."""
+    disk_gib: float = 10.0
+    """Its size at most; the least recently used goes first."""
+    speculation: Literal["off", "lookup", "mtp"] = "off"
+    """Guess several tokens and check them in one pass: lookup (from the text itself), mtp (the model's own draft block)."""
+    draft_tokens: int = 3
+    """Tokens guessed at a time."""
+    ageing_s: float = 10.0
+    """Seconds of waiting that raise a request's priority by one."""
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            RequestError: one line with the value and what is allowed.
+        """
+        for name, least in (("max_running", 1), ("step_tokens", 1), ("period", 1), ("draft_tokens", 1)):
+            if getattr(self, name) < least:
+                raise RequestError(f"{name} {getattr(self, name)} must be {least} or more")
+        for name in ("memory_gib", "disk_gib", "ageing_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise RequestError(f"{name} {getattr(self, name)} must be above 0")
+        for name in ("checkpoint_gib", "swap_gib"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise RequestError(f"{name} {getattr(self, name)} must be 0 or above")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise RequestError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.draft_tokens > 32:
+            raise RequestError(f"draft_tokens {self.draft_tokens} must be at most 32: a cache goes back by 64 tokens")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step made for one request.
+
+    Attributes:
+        tokens: new ones, with their log-probabilities where asked for.
+        text: what they make certain.
+        finish_reason: on the last output of a request.
+    """
+
+    request: Request
+    tokens: tuple[Sampled, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Work:
+    """What the engine keeps with a request."""
+
+    place: Place | None = None
+    aside: SetAside | None = None
+    stream: TextStream | None = None
+    counts: TokenCounts | None = None
+    grammar: GrammarState | None = None
+    streams: torch.Tensor | None = None
+    dropped: int = 0
+    lookup: Any = None
+    logprobs: list[Sampled] = field(default_factory=list)
+
+
+@dataclass
+class EngineStats:
+    """Counts since the start.
+
+    Attributes:
+        step_s: seconds inside `step`; `Runner.forward_s` of them in the model.
+        drafted, accepted: speculated tokens, and those that were right.
+    """
+
+    steps: int = 0
+    generated_tokens: int = 0
+    step_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Engine:
+    """One model, many requests.
+
+    Args:
+        tokenizer: None serves token ids only (no text, no stop strings).
+        clock: seconds; deadlines and waiting are measured with it.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        options: EngineOptions | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.options = o = options or EngineOptions()
+        o.check()
+        self.model, self.tokenizer, self.clock = model.eval(), tokenizer, clock
+        self.vocab_size = tokenizer.vocab_size if tokenizer is not None else model.config.vocab_size
+        self.precision: Precision = o.precision or ("bfloat16" if model.dtype == torch.bfloat16 else "float32")
+        self.memory = self._new_memory()
+        hooks = Hooks(self.memory.admit, self.memory.reserve, self.memory.release)
+        self.scheduler = Scheduler(
+            hooks, max_running=o.max_running, step_tokens=o.step_tokens, idle_tokens=model.chunk_tokens,
+            stop_at=self.memory.stop_at, ageing_s=o.ageing_s,
+        )  # fmt: skip
+        self.sampler = Sampler((tokenizer.eos_id,) if tokenizer is not None else ())
+        self.drafter = self._new_drafter()
+        self.runner = Runner(model, self.vocab_size, isinstance(self.drafter, MTPDrafter))
+        self.stats = EngineStats()
+        self.requests: dict[str, Request] = {}
+        self._lock = threading.Lock()
+        self._incoming: list[Request] = []
+        self._cancelled: list[str] = []
+        self._ids = itertools.count()
+        self._seeds = random.Random()
+
+    def _new_memory(self) -> Memory:
+        o, config = self.options, self.model.config
+        slot, page = slot_nbytes(config, self.precision, self.model.dtype), page_nbytes(config, self.precision)
+        room = int(o.memory_gib * GIB) - o.max_running * slot
+        if room < page:
+            raise RequestError(
+                f"memory_gib {o.memory_gib:g} is too little for {o.max_running} state blocks of {slot / 2**20:.1f} MiB and a "
+                f"page of {page / 2**20:.1f} MiB; give at least {(o.max_running * slot + page) / GIB:.3f}, or fewer max_running"
+            )
+        return Memory(
+            self.model, num_slots=o.max_running, num_pages=room // page, precision=self.precision, checkpoints=o.checkpoints,
+            period=o.period, checkpoint_limit_bytes=int(o.checkpoint_gib * GIB), swap_limit_bytes=int(o.swap_gib * GIB),
+            disk=self._open_disk(), prefix_cache=o.prefix_cache,
+        )  # fmt: skip
+
+    def _open_disk(self) -> DiskStore | None:
+        o = self.options
+        if o.disk_cache is None or not o.prefix_cache:
+            return None
+        text = fingerprint_text(self.model, self.precision, status())
+        return DiskStore(o.disk_cache, fingerprint=text, limit_bytes=int(o.disk_gib * GIB))
+
+    def _new_drafter(self) -> PromptLookup | MTPDrafter | None:
+        if self.options.speculation == "lookup":
+            return PromptLookup(self.options.draft_tokens)
+        if self.options.speculation == "mtp":
+            if not self.model.mtp:
+                raise RequestError("speculation 'mtp' needs a model with an MTP block; this one has none, use 'lookup'")
+            return MTPDrafter(self.model, self.sampler, self.vocab_size, self.options.draft_tokens)
+        return None
+
+    # ---- in ---------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        user: str = "",
+        tenant: str = "",
+        priority: int = 0,
+        deadline_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """Queue a request.
+
+        Args:
+            prompt: text (special tokens spelled out in it stay text; the begin mark is put before it), or token ids as
+                they are.
+            user: for fairness; tenant: whose cache may be used. Tenants share no entry.
+            priority: higher goes first.
+            deadline_s: seconds from now after which it ends with what it has.
+
+        Raises:
+            RequestError: an empty prompt, a token outside the vocabulary, a prompt beyond the context or the memory, wrong
+                parameters, or an id in use. The engine is as before.
+        """
+        params = params or SamplingParams()
+        params.check(self.vocab_size)
+        tokens = self._tokens(prompt)
+        limit = self._limit(len(tokens), params.max_tokens)
+        if deadline_s is not None and not deadline_s > 0:
+            raise RequestError(f"deadline_s {deadline_s} must be above 0 seconds from now")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this engine has none; use stop_token_ids")
+        now = self.clock()
+        with self._lock:
+            name = request_id or f"request-{next(self._ids)}"
+            if name in self.requests:
+                raise RequestError(f"request id {name!r} is in use; choose another or leave it out")
+            request = Request(
+                name, tokens, params, len(tokens), limit, user=user, tenant=tenant, priority=priority, arrival=now,
+                seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+                deadline=now + deadline_s if deadline_s is not None else None,
+            )  # fmt: skip
+            request.work = Work()
+            if self.tokenizer is not None:
+                request.work.stream = TextStream(self.tokenizer, params)
+            if params.needs_history:
+                request.work.counts = TokenCounts(tokens)
+            if params.grammar is not None:
+                request.work.grammar = params.grammar.start()
+            self.requests[name] = request
+            self._incoming.append(request)
+        return request
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("a text prompt needs a tokenizer, and this engine has none; give token ids")
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        tokens = [int(t) for t in prompt]
+        if not tokens:
+            raise RequestError("the prompt is empty; give at least one token")
+        for token in tokens:
+            if not 0 <= token < self.model.config.vocab_size:
+                size = self.model.config.vocab_size
+                raise RequestError(f"token id {token} is outside the vocabulary of {size} (0 to {size - 1})")
+        return tokens
+
+    def _limit(self, count: int, max_tokens: int) -> int:
+        context, capacity = self.model.config.max_position_embeddings, self.memory.capacity
+        if count >= context:
+            raise RequestError(
+                f"the prompt is {count} tokens long, the context of this model is {context} with at least one to generate; "
+                "shorten the prompt"
+            )
+        if count >= capacity:
+            raise RequestError(
+                f"the prompt is {count} tokens long, the engine's memory holds {capacity} with at least one to generate; "
+                "shorten the prompt or raise memory_gib"
+            )
+        return min(count + max_tokens, context, capacity)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step with what it has; one that is unknown or over is left alone."""
+        with self._lock:
+            self._cancelled.append(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._incoming or self._cancelled or self.scheduler.waiting or self.scheduler.running)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """Do one step; returns what became of each request that moved."""
+        begin = time.perf_counter()
+        outputs = self._take_incoming()
+        plan = self.scheduler.schedule(self.clock())
+        outputs += [self._ended(request, FinishReason.DEADLINE) for request in plan.expired]
+        outputs += self._run(plan)
+        self.stats.steps += 1
+        self.stats.step_s += time.perf_counter() - begin
+        return outputs
+
+    def _take_incoming(self) -> list[Output]:
+        with self._lock:
+            incoming, self._incoming = self._incoming, []
+            cancelled, self._cancelled = self._cancelled, []
+        for request in incoming:
+            self.scheduler.add(request)
+        return [
+            self._finish(request, FinishReason.CANCELLED)
+            for name in cancelled
+            if (request := self.requests.get(name)) is not None
+        ]
+
+    def _run(self, plan: Plan) -> list[Output]:
+        outputs: list[Output] = []
+        passes = self.runner.run(plan)
+        left = {id(r): r for r in (*plan.decode, *(r for r, _ in plan.prefill))}
+        while True:
+            try:
+                rows = next(passes, None)
+            except (
+                RuntimeError,
+                MemoryError,
+            ) as error:  # out of memory in a pass: its requests end, the engine lives on
+                outputs += [self._fail(request, f"the pass failed: {error}") for request in left.values()]
+                return outputs
+            if rows is None:
+                return outputs
+            for row in rows:
+                left.pop(id(row.request))
+            outputs += self._postprocess(rows)
+
+    def _postprocess(self, rows: list[Rows]) -> list[Output]:
+        """Remember what was read, draw tokens, check drafts, end what is over."""
+        for row in rows:
+            request = row.request
+            if row.is_prefill:
+                self.memory.after(request, is_end=request.computed == request.num_prompt)
+        asking: list[tuple[Request, torch.Tensor]] = []
+        questions: list[SampleRow] = []
+        outputs: list[Output] = []
+        for row in rows:
+            if row.logits is None:
+                continue
+            try:
+                questions += self._questions(row.request)
+            except RequestError as error:  # a grammar too complex to follow ends its request alone
+                outputs.append(self._fail(row.request, str(error)))
+            else:
+                asking.append((row.request, row.logits))
+        if not asking:
+            return outputs
+        answers, at = self.sampler.sample(torch.cat([logits for _, logits in asking]), questions), 0
+        for request, logits in asking:
+            outputs.append(self._accept(request, answers[at : at + len(logits)]))
+            at += len(logits)
+        going = [request for request, _ in asking if request.status is Status.RUNNING]
+        if self.drafter is not None and going:
+            self.drafter.propose(going)
+        return outputs
+
+    def _questions(self, request: Request) -> list[SampleRow]:
+        """What to draw: the next token, and after each draft the one behind it as if the draft were right."""
+        work: Work = request.work
+        rows, followed = [], 0
+        for i in range(1 + len(request.drafts)):
+            # A draft the grammar forbids cannot be drawn, so what is asked behind it no longer matters.
+            mask = work.grammar.mask() if work.grammar is not None and followed == i else None
+            counts = work.counts.copy() if work.counts is not None and request.drafts else work.counts
+            rows.append(SampleRow(request.params, request.seed, request.num_generated + i, counts, mask))
+            if i < len(request.drafts):
+                if work.counts is not None:
+                    work.counts.append(request.drafts[i])
+                if work.grammar is not None and followed == i:
+                    followed += work.grammar.advance(request.drafts[i])
+        if work.counts is not None:
+            work.counts.pop(len(request.drafts))
+        if work.grammar is not None and followed:
+            work.grammar.rollback(followed)
+        return rows
+
+    def _accept(self, request: Request, answers: Sequence[Sampled]) -> Output:
+        """Take the drawn tokens as far as the drafts before them were right."""
+        work: Work = request.work
+        drafts, request.drafts = request.drafts, []
+        taken: list[Sampled] = []
+        text, reason = "", None
+        for i, answer in enumerate(answers):
+            if answer.error is not None:
+                return self._fail(request, answer.error, tuple(taken), text)
+            taken.append(answer)
+            text_more, reason = self._append(request, answer)
+            text += text_more
+            if reason is not None or i == len(drafts) or drafts[i] != answer.token_id:
+                break
+        self.stats.drafted += len(drafts)
+        self.stats.accepted += len(taken) - 1
+        self.stats.generated_tokens += len(taken)
+        sequence = work.place.sequence if work.place is not None else None
+        assert sequence is not None
+        work.dropped = sequence.length - (len(request.tokens) - 1)
+        if work.dropped:
+            sequence.truncate(len(request.tokens) - 1)
+            request.computed = sequence.length
+        if reason is not None:
+            return self._finish(request, reason, tuple(taken), text)
+        self.memory.after(request, is_end=False)
+        return Output(request, tuple(taken), text)
+
+    def _append(self, request: Request, answer: Sampled) -> tuple[str, FinishReason | None]:
+        """One more token: returns the text it makes certain, and why the request ends, if it does."""
+        work: Work = request.work
+        token = answer.token_id
+        request.tokens.append(token)
+        if request.params.logprobs is not None:
+            work.logprobs.append(answer)
+        if work.counts is not None:
+            work.counts.append(token)
+        if work.grammar is not None:
+            work.grammar.advance(token)
+        text, reason = "", None
+        if work.stream is not None:
+            text = work.stream.push(token)
+            reason, request.stop_reason = work.stream.finish_reason, work.stream.stop_reason
+        elif token in request.params.stop_token_ids and request.num_generated >= request.params.min_tokens:
+            reason, request.stop_reason = FinishReason.STOP, token
+        if reason is None and work.grammar is not None and work.grammar.is_finished:
+            reason = FinishReason.STOP
+        if reason is None and len(request.tokens) >= request.limit:
+            reason = FinishReason.LENGTH
+        return text, reason
+
+    # ---- out --------------------------------------------------------------------------------------------------------
+
+    def _finish(
+        self, request: Request, reason: FinishReason, tokens: tuple[Sampled, ...] = (), text: str = ""
+    ) -> Output:
+        """Take a request out of the queue, remember its state, free its memory."""
+        if request.status is Status.RUNNING and reason is not FinishReason.ERROR:
+            self.memory.after(request, is_end=True)
+        if request in self.scheduler.waiting or request in self.scheduler.running:
+            self.scheduler.finish(request)
+        return self._ended(request, reason, tokens, text)
+
+    def _ended(
+        self, request: Request, reason: FinishReason, tokens: tuple[Sampled, ...] = (), text: str = ""
+    ) -> Output:
+        self.memory.free(request)
+        request.finish_reason = reason
+        if request.work.stream is not None:
+            text += request.work.stream.finish()
+        with self._lock:
+            self.requests.pop(request.id, None)
+        return Output(request, tokens, text, reason)
+
+    def _fail(self, request: Request, why: str, tokens: tuple[Sampled, ...] = (), text: str = "") -> Output:
+        request.error = why
+        return self._finish(request, FinishReason.ERROR, tokens, text)
+
+    def weights_changed(self) -> None:
+        """Call after changing the model's weights: nothing computed with the old ones is used again.
+
+        Requests under way are read again from their first token. The disk tier goes on under the new weights' fingerprint.
+        """
+        for request in list(self.scheduler.running):
+            request.work.place.sequence.rewind_to_start()
+            self.scheduler.preempt(request)
+        for request in self.scheduler.waiting:
+            self.memory.free(request)
+            request.computed = 0
+        self.memory.forget(self._open_disk())
+
+    def close(self) -> None:
+        """Finish writing the disk tier. The engine is not used afterwards."""
+        self.memory.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

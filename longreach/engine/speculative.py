@@ -1,0 +1,120 @@
+"""Guessing tokens that one pass of the model then checks: several for the price of little more than one.
+
+A guess is right exactly when it is the token the model would have drawn there (`sampler`: a drawn token is a function of
+logits, seed and place), so the text is the same with and without guessing, greedy or sampled. A wrong guess costs its share
+of the pass; the sequence is cut back by it (`PagedSequence.truncate`), which is what the cache's rewinding is for.
+
+`PromptLookup` copies what followed the same few tokens earlier in the text. `MTPDrafter` asks the model's own draft block
+(`model.mtp`), again and again on its own output for more than one token; its extra memory is one window per sequence.
+Source: DeepSeek-V4 report, section 2.5 (MTP); prompt look-up decoding is common practice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longreach.engine.request import Request
+from longreach.engine.sampler import Sampler, SampleRow
+from longreach.engine.sampling import SamplingParams
+from longreach.model.paged import PagedSequence, Segment
+from longreach.model.transformer import Transformer
+
+LONGEST, SHORTEST = 4, 2
+"""Tokens of context that prompt look-up matches: the longest that occurred before."""
+
+
+class Suffixes:
+    """Where every run of a few tokens last ended in a growing text."""
+
+    def __init__(self) -> None:
+        self.last: dict[tuple[int, ...], int] = {}
+        self.seen = 0
+
+    def find(self, tokens: Sequence[int]) -> int | None:
+        """The place just after the latest earlier occurrence of the text's own ending, or None."""
+        for end in range(max(self.seen, SHORTEST), len(tokens)):  # all but the text's own end
+            for size in range(SHORTEST, min(LONGEST, end) + 1):
+                self.last[tuple(tokens[end - size : end])] = end
+        self.seen = max(self.seen, len(tokens))
+        for size in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
+            if (place := self.last.get(tuple(tokens[len(tokens) - size :]))) is not None:
+                return place
+        return None
+
+
+class PromptLookup:
+    """Drafts copied from the text itself."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def propose(self, requests: Sequence[Request]) -> None:
+        """Set `drafts` of each request whose text has been here before."""
+        for request in requests:
+            room = min(self.count, request.limit - len(request.tokens) - 1)
+            if room < 1:
+                continue
+            if request.work.lookup is None:
+                request.work.lookup = Suffixes()
+            place = request.work.lookup.find(request.tokens)
+            if place is not None:
+                request.drafts = list(request.tokens[place : place + room])
+
+
+class MTPDrafter:
+    """Drafts of the model's own MTP block, drawn with the noise the model's tokens will be drawn with."""
+
+    def __init__(self, model: Transformer, sampler: Sampler, vocab_size: int, count: int) -> None:
+        self.model, self.sampler, self.vocab_size, self.count = model, sampler, vocab_size, count
+
+    def propose(self, requests: Sequence[Request]) -> None:
+        """Set `drafts` of each request, from the streams of the tokens it has just read."""
+        asking, segments, streams = [], [], []
+        for request in requests:
+            read: Tensor = request.work.streams
+            sequence: PagedSequence = request.work.place.sequence
+            first = sequence.length - self._kept(request, len(read))
+            extent, window = sequence.extent, self.model.config.sliding_window
+            start = max(first, sequence.length - window)
+            if extent.mtp_hi != start:  # something was read without this block: it begins anew
+                extent.mtp_lo = extent.mtp_hi = start
+            segments.append(Segment(sequence, request.tokens[start + 1 : sequence.length + 1]))
+            streams.append(read[start - first : sequence.length - first])
+            asking.append(request)
+        hidden, out = self.model.draft(segments, torch.cat(streams).unsqueeze(0))
+        last = torch.tensor([len(s.tokens) for s in segments]).cumsum(0) - 1
+        hidden, out = hidden[:, last], out[:, last]
+        lengths = [s.sequence.length for s in segments]
+        for i in range(self.count):
+            with torch.inference_mode():
+                logits = self.model.head(hidden[0])[:, : self.vocab_size]
+            rows = [SampleRow(_plain(r.params), r.seed, r.num_generated + i) for r in asking]
+            for request, drawn in zip(asking, self.sampler.sample(logits, rows), strict=True):
+                if drawn.token_id >= 0 and len(request.drafts) == i < request.limit - len(request.tokens) - 1:
+                    request.drafts.append(drawn.token_id)
+            on = [n for n, request in enumerate(asking) if len(request.drafts) == i + 1]
+            if i + 1 == self.count or not on:
+                break
+            asking, lengths = [asking[n] for n in on], [lengths[n] for n in on]
+            segments = [Segment(segments[n].sequence, asking[k].drafts[-1:]) for k, n in enumerate(on)]
+            hidden, out = self.model.draft(segments, out[:, on])
+        for request in requests:  # guesses were only tried
+            request.work.place.sequence.truncate_mtp(request.work.place.sequence.length)
+
+    @staticmethod
+    def _kept(request: Request, read: int) -> int:
+        """How many of the rows just read are still true: wrong drafts came last."""
+        return read - request.work.dropped
+
+
+def _plain(params: SamplingParams) -> SamplingParams:
+    """The same draw without what looks at other tokens: a guess may be wrong."""
+    if params.needs_history or params.logprobs is not None or params.grammar is not None:
+        return replace(
+            params, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, logprobs=None, grammar=None
+        )
+    return params
