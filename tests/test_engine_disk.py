@@ -23,7 +23,9 @@ from pathlib import Path
 import pytest
 
 from longreach.engine import disk
-from longreach.engine.disk import BackgroundWriter, DiskRecord, DiskStore
+from longreach.engine.disk import DiskStore
+from longreach.engine.disk_record import DiskRecord
+from longreach.engine.disk_writer import BackgroundWriter
 from longreach.errors import CacheError, ConfigError
 
 LARGE = 1 << 30
@@ -107,7 +109,7 @@ def test_a_record_comes_back_as_it_was_put_and_under_nothing_else(tmp_path):
         assert store.get("bob", key(1), "page") is None
 
 
-def test_a_file_is_byte_for_byte_what_the_module_says(tmp_path):
+def test_a_file_is_byte_for_byte_what_the_modules_say(tmp_path):
     with opened(tmp_path, fingerprint="model A") as store:
         store.put("ada", bytes(range(32)), "state", b"\xff\x00payload", {"n": 7})
     fingerprint = hashlib.blake2b(b"longreach prefix record 1\nmodel A", digest_size=32).digest()
@@ -175,8 +177,8 @@ def test_any_text_names_a_tenant(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_the_module_does_not_load_torch():
-    script = "import sys, longreach.engine.disk\nassert 'torch' not in sys.modules"
+def test_the_modules_do_not_load_torch():
+    script = "import sys, longreach.engine.disk_writer  # which imports the others\nassert 'torch' not in sys.modules"
     finished(
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     )
@@ -550,6 +552,35 @@ def test_another_fingerprint_sees_nothing_but_shares_the_bound_and_goes_first_wh
         assert [path.read_text() for path in tmp_path.glob("*/fingerprint.txt")] == ["new model"]
 
 
+def test_a_store_counts_its_own_records_among_those_of_all(tmp_path):
+    with opened(tmp_path, fingerprint="a") as a, opened(tmp_path, fingerprint="b") as b:
+        for i in range(5):
+            a.put("t", key(i), "page", payload(i))
+        for i in range(3):
+            b.put(f"tenant {i}", key(0), "state", payload(i))
+        assert [(store.stats().own, store.stats().records) for store in (a, b)] == [(5, 8), (3, 8)]
+        a.delete("t", key(0), "page")
+        assert [(store.stats().own, store.stats().records) for store in (a, b)] == [(4, 7), (3, 7)]
+
+
+def test_opening_says_in_one_line_what_is_there_for_this_model_and_what_is_not(tmp_path, monkeypatch):
+    lines, mib = [], 1 << 20
+    monkeypatch.setattr(disk.log, "info", lambda line, *values: lines.append(line % values))
+    with opened(tmp_path, 8 * mib, "old model") as old:
+        for i in range(2):
+            old.put("t", key(i), "page", bytes(mib))
+    opened(tmp_path, 8 * mib, "old model").close()
+    with opened(tmp_path, 8 * mib, "new model") as new:
+        new.put("t", key(0), "page", bytes(mib))
+    opened(tmp_path, 8 * mib, "new model").close()
+    assert lines == [
+        f"disk cache {tmp_path}: own records: 0; 0.0 of 8.0 MiB in use",
+        f"disk cache {tmp_path}: own records: 2; 2.0 of 8.0 MiB in use",
+        f"disk cache {tmp_path}: own records: 0; of other models or machines, left alone: 2; 2.0 of 8.0 MiB in use",
+        f"disk cache {tmp_path}: own records: 1; of other models or machines, left alone: 2; 3.0 of 8.0 MiB in use",
+    ]
+
+
 def test_a_store_whose_empty_folder_was_removed_makes_it_again(tmp_path):
     with opened(tmp_path, fingerprint="a") as a, opened(tmp_path, fingerprint="b") as b:
         assert [path.read_text() for path in tmp_path.glob("*/fingerprint.txt")] == ["b"]
@@ -689,7 +720,7 @@ def test_a_full_disk_refuses_records_is_reported_once_and_serves_what_it_has(tmp
     with opened(tmp_path, reports=reports) as store:
         store.put("t", key(0), "page", payload(0))
         before = disk_bytes(tmp_path)
-        monkeypatch.setattr(disk, "_write_new", write_half)
+        monkeypatch.setattr(disk, "write_new", write_half)
         assert not any(store.put("t", key(i), "page", payload(i)) for i in range(1, 6))
         assert len(reports) == 1 and "No space left" in reports[0] and "Free some space" in reports[0]
         assert store.stats().write_errors == 5

@@ -11,6 +11,7 @@ same bits in any company.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from longreach.bench.measure import Record, short
+from longreach.bench.measure import Clock, Record, short
 from longreach.bench.peer import TransformersPeer
 from longreach.bench.walk import walk
 from longreach.checkpoint.load import load_model
@@ -199,11 +200,12 @@ def _batch(bench: Bench) -> None:
         for threads in sorted({1, bench.threads}):
             torch.set_num_threads(threads)
             peer.tune_generation(text[:, :128])
-            short_run, long_run = bench.alternate(
-                lambda: peer.generate(text, 1), lambda: peer.generate(text, 1 + o.decode_tokens)
-            )
-            seconds = long_run.median - short_run.median
-            best = max(best, (o.batch * o.decode_tokens / seconds, threads))
+            steps: list[float] = []
+            clock = Clock()
+            with clock.measure(bench.device):
+                steps += peer.generate(text, 1 + o.decode_tokens)
+            bench.loads += clock.others
+            best = max(best, (o.batch / statistics.median(steps), threads))
         torch.set_num_threads(bench.threads)
         theirs = bench.record(f"decode_batch{o.batch}_peer_tok_s", best[0])
         ratio = bench.record(f"batch{o.batch}_over_peer", many / theirs)
@@ -264,6 +266,7 @@ def _prefix(bench: Bench) -> None:
             found = [_in_process(bench, disk, arithmetic) for _ in range(2)]
             size = sum(path.stat().st_size for path in Path(disk).rglob("*") if path.is_file())
         cold, warm = found
+        bench.loads += [process["other_load"] for process in found]
         suffix = "" if arithmetic == "fast" else "_invariant"
         bench.record(f"cold_{name}_s{suffix}", cold["first_token_s"])
         bench.record(f"warm_{name}_s{suffix}", warm["first_token_s"])
@@ -299,14 +302,14 @@ def _first_token(directory: str, disk: str, arithmetic: str, tokens: int, thread
     llm = LLM(model, max_running=1, memory_gib=room / 2**30 + 0.01, disk_cache=Path(disk))
     opened = time.perf_counter() - began
     model(torch.tensor([prompt[:8]], device=device))  # what a process does once: compiled code is loaded, buffers made
-    began = time.perf_counter()
-    (answer,) = llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0.0, logprobs=0))
-    first = time.perf_counter() - began
+    clock = Clock()
+    with clock.measure(torch.device(device)):
+        (answer,) = llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0.0, logprobs=0))
     llm.close()
     assert answer.logprobs is not None and answer.logprobs[0].logprob is not None
     found = {
-        "first_token_s": first, "open_s": opened, "cached": answer.cached_tokens, "token": answer.token_ids[0],
-        "logprob": answer.logprobs[0].logprob,
+        "first_token_s": clock.median, "open_s": opened, "cached": answer.cached_tokens, "token": answer.token_ids[0],
+        "logprob": answer.logprobs[0].logprob, "other_load": clock.other_load,
     }  # fmt: skip
     print(json.dumps(found))
 

@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longreach.engine.disk import BackgroundWriter, DiskStore
+from longreach.engine.disk import DiskStore
+from longreach.engine.disk_writer import BackgroundWriter
 from longreach.engine.pages import OutOfPages, PagePool
 from longreach.engine.prefix import Node, PrefixIndex, chain_digest
 from longreach.engine.request import Request
