@@ -270,6 +270,35 @@ def test_a_request_set_aside_for_lack_of_memory_goes_on_exactly(arithmetic, swap
     assert tight.engine.memory.slots.free_count == 6
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "released"])
+@torch.no_grad()
+def test_every_storage_precision_says_what_a_contiguous_cache_of_it_says(fast, precision):
+    prompt = text(150)
+    served = llm(fast, precision=precision)
+    (answer,) = served.generate(prompt, GREEDY)
+    (again,) = served.generate(prompt, GREEDY)
+    cache = fast.new_cache(1, precision=precision)
+    tokens = torch.tensor([prompt])
+    expected = []
+    for _ in range(len(answer.token_ids)):
+        row = fast(tokens, cache, logits_to_keep=1)[0].log_softmax(-1)
+        tokens = row.argmax(-1, keepdim=True)
+        expected.append(float(row[0, tokens.item()]))
+    assert again.cached_tokens == 149
+    for found in (answer, again):
+        torch.testing.assert_close(torch.tensor(logprobs(found)), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_a_model_in_bfloat16_is_served_as_it_is(exact):
+    model = made("fast").to(torch.bfloat16)
+    served = llm(model, speculation="mtp")
+    assert served.engine.precision == "bfloat16"
+    answers = served.generate([text(30), text(140, 2)], GREEDY)
+    assert [len(a.token_ids) for a in answers] == [24, 24]
+    again = served.generate(text(140, 2), GREEDY)[0]
+    assert again.cached_tokens == 139 and again.token_ids[0] == answers[1].token_ids[0]
+
+
 # ---- speculation -------------------------------------------------------------------------------------------------------
 
 

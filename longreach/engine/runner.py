@@ -63,17 +63,16 @@ class Runner:
         features = self.extend(segments, streams=self.keeps_streams)
         self.forward_s += time.perf_counter() - began
         self.tokens_run += sum(len(tokens) for _, tokens in work)
-        hidden, at, wanted, counts = features.hidden[0], 0, [], []
+        hidden, at, last, counts = features.hidden[0], 0, [], []
         for request, tokens in work:
             request.computed += len(tokens)
-            n = len(tokens)
             if self.keeps_streams and features.streams is not None:
-                request.work.streams = features.streams[0, at : at + n]
-            keep = n if not is_prefill else int(request.computed == len(request.tokens))
-            wanted.append(torch.arange(at + n - keep, at + n))
-            counts.append(keep)
-            at += n
-        rows = hidden[torch.cat(wanted).to(hidden.device)]
+                request.work.streams = features.streams[0, at : at + len(tokens)]
+            at += len(tokens)
+            is_read = request.computed == len(request.tokens)
+            last += [at - 1] if is_prefill and is_read else []
+            counts.append(int(is_read) if is_prefill else len(tokens))
+        rows = hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)] if is_prefill else hidden
         began = time.perf_counter()
         with torch.inference_mode():
             logits = self.model.head(rows)[:, : self.vocab_size] if len(rows) else rows
