@@ -294,6 +294,7 @@ class Transformer(nn.Module):
             cache = self.new_cache(B, "float32" if self.dtype != torch.bfloat16 else "bfloat16")
             cache.reserve(T)
             return self._run_cached(ask, cache)
+        # Module by module even where no gradient is asked for: a short pass without a cache is what hooks are put on.
         spans = [
             Span(slice(*rows), slice(start, stop), 0, slice(0, stop - start), self._graph_stores())
             for rows, start, stop in side_by_side(runs)
