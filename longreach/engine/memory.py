@@ -179,15 +179,13 @@ class Memory:
         return True
 
     def reserve(self, request: Request, length: int) -> bool:
-        """Pages up to `length` tokens, and a page of its own where the next token is written."""
+        """Pages up to `length` tokens."""
         sequence = request.work.place.sequence
+        at, started = divmod(sequence.length, self.block)
+        # A page becomes findable when its last token is read, and whoever goes on inside a page known to others has `held`
+        # beyond it: so the page that is written next is never anybody else's.
+        assert not started or sequence.held > sequence.length or self.pages.holders(sequence.pages[at]) == 1
         try:
-            at, started = divmod(sequence.length, self.block)
-            if started and sequence.held <= sequence.length and self.pages.holders(sequence.pages[at]) > 1:
-                own = self._take_page()
-                self.arena.copy_page(sequence.pages[at], own)
-                self.pages.release(sequence.pages[at])
-                sequence.pages[at] = own
             while len(sequence.pages) < self.blocks_for(length):
                 sequence.pages.append(self._take_page())
         except OutOfPages:

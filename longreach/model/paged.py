@@ -163,12 +163,6 @@ class Arena:
     def nbytes(self) -> int:
         return self.num_slots * self.slot_nbytes + self.num_pages * self.page_nbytes
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Make page `target` hold what page `source` holds (before writing to a page that others read)."""
-        for layer in self.layers:
-            for part in layer.page_parts():
-                part[target].copy_(part[source])
-
     def page_tensors(self, page: int, tokens: int | None = None) -> list[Tensor]:
         """Views of one page, layer by layer: all of it, or the entries its first `tokens` tokens have completed."""
         tokens = self.page_tokens if tokens is None else tokens
