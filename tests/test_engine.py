@@ -408,6 +408,11 @@ def test_bad_input_is_one_clear_line_and_the_engine_lives_on(exact):
         ({"max_running": 0}, "max_running 0 must be 1 or more"),
         ({"draft_tokens": 64}, "at most 32"),
         ({"precision": "float8"}, "not one of float32, bfloat16, released"),
+        ({"speculation": "ngram"}, "not one of off, lookup, mtp"),
+        ({"checkpoints": "end"}, "not one of ends, periodic, full, zero"),
+        ({"prefix_cache": "no"}, "prefix_cache must be True or False"),
+        ({"max_running": 2.5}, "max_running must be a whole number"),
+        ({"memory_gib": "1"}, "memory_gib must be a number"),
     ):
         with pytest.raises(RequestError, match=message):
             llm(exact, **options)
@@ -459,6 +464,140 @@ def test_a_pass_that_fails_ends_its_requests_and_the_next_ones_are_served(exact)
     (answer,) = served.generate(text(9), GREEDY)
     assert answer.finish_reason is FinishReason.ERROR and "out of memory" in str(answer.error)
     assert served.generate(text(9), GREEDY)[0].token_ids == alone(exact, text(9)).token_ids
+
+
+def test_a_pass_that_fails_takes_nobody_else_with_it(exact, monkeypatch):
+    served = llm(exact, prefix_cache=False, step_tokens=16)
+    first = served.engine.submit(text(9), GREEDY)
+    served.engine.step()
+    second = served.engine.submit(text(100), GREEDY)
+    sample, calls = Sampler.sample, []
+
+    def fails(self, logits, rows):
+        calls.append(len(rows))
+        if len(calls) == 1:
+            raise MemoryError("no room")
+        return sample(self, logits, rows)
+
+    monkeypatch.setattr(Sampler, "sample", fails)
+    while served.engine.has_work:
+        served.engine.step()
+    assert first.finish_reason is FinishReason.ERROR and "MemoryError: no room" in str(first.error)
+    assert second.finish_reason is FinishReason.LENGTH
+    assert served.engine.memory.pages.free_count == served.engine.memory.pages.count
+
+
+@pytest.mark.parametrize("where", [1, 3])
+def test_an_interrupt_at_any_moment_leaves_nothing_half_done(exact, where):
+    served = llm(exact)
+    extend, calls = served.engine.runner.extend, []
+
+    def interrupted(*args, **kwargs):
+        out = extend(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == where:
+            raise KeyboardInterrupt
+        return out
+
+    served.engine.runner.extend = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        served.generate([text(200), text(300, 1)], GREEDY)
+    assert not served.engine.has_work and served.engine.memory.slots.free_count == 8
+    for seed, count in ((0, 200), (1, 300)):
+        (answer,) = served.generate(text(count, seed), GREEDY)
+        assert logprobs(answer) == logprobs(alone(exact, text(count, seed)))
+
+
+def test_two_streams_read_in_turns_both_get_all_their_tokens(exact):
+    served = llm(exact)
+    streams = {seed: served.stream(text(20, seed), GREEDY) for seed in range(2)}
+    got: dict[int, list[int]] = {0: [], 1: []}
+    while streams:
+        for seed, stream in list(streams.items()):
+            output = next(stream, None)
+            if output is None:
+                del streams[seed]
+            else:
+                got[seed] += [s.token_id for s in output.tokens]
+                assert served.generate(text(5), replace(GREEDY, max_tokens=2))[0].finish_reason is FinishReason.LENGTH
+    assert got == {seed: alone(exact, text(20, seed)).token_ids for seed in range(2)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 1},
+        {"sliding_window": 3},
+        {"compress_ratios": (4, 4, 4, 4, 0)},
+        {"compress_ratios": (0, 32, 32, 0, 0)},
+    ],
+)
+@pytest.mark.parametrize("policy", ["ends", "zero"])
+def test_unusual_shapes_hit_exactly_too(changes, policy):
+    model = Transformer(replace(micro("invariant"), **changes), seed=1).eval()
+    served = llm(model, checkpoints=policy)
+    for prompt in (text(384), text(384), text(384) + text(70, 2), text(256), text(200)):
+        assert logprobs(served.generate(prompt, GREEDY)[0]) == logprobs(alone(model, prompt))
+
+
+def test_periodic_checkpoints_are_kept_where_drafts_jump_over_them():
+    model = made("invariant")
+    prompt = [3, 4, 5] * 60
+    for speculation in ("off", "lookup"):
+        served = llm(model, checkpoints="periodic", period=16, speculation=speculation)
+        served.engine.memory.at_ends = False
+        bias = dict.fromkeys((3, 4, 5), 100.0)
+        served.generate(prompt, SamplingParams(max_tokens=100, temperature=0.0, logit_bias=bias))
+        assert served.engine.memory.index.num_checkpoints >= 180 // 16 + 100 // 16 - 1
+
+
+def test_ids_belong_to_their_requests(exact):
+    engine = llm(exact).engine
+    engine.submit(text(3), GREEDY, request_id="request-0")
+    assert engine.submit(text(3), GREEDY).id == "request-1"
+    while engine.has_work:
+        engine.step()
+    engine.cancel("request-0")
+    again = engine.submit(text(3), GREEDY, request_id="request-0")
+    while engine.has_work:
+        engine.step()
+    assert again.finish_reason is FinishReason.LENGTH, (
+        "cancelling a request that is over cancels no later one of its name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"tenant": None}, "tenant must be a text"),
+        ({"tenant": "\ud800"}, "not valid Unicode"),
+        ({"user": [1]}, "user must be a text"),
+        ({"priority": "high"}, "priority must be a number"),
+        ({"deadline_s": "5"}, "deadline_s must be a number"),
+        ({"deadline_s": -1}, "deadline_s -1 must be above 0"),
+        ({"params": {"max_tokens": 3}}, "params must be a SamplingParams, not dict"),
+    ],
+)
+def test_what_submit_refuses_stops_nobody_else(exact, how, message):
+    engine = llm(exact).engine
+    with pytest.raises(RequestError, match=message):
+        engine.submit(text(5), **({"params": GREEDY} | how))
+    request = engine.submit(text(5), GREEDY)
+    while engine.has_work:
+        engine.step()
+    assert request.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("prompts", [5, None, [["a"]], [[1.5]], [[1, 2], 5.0]])
+def test_prompts_of_a_wrong_kind_are_one_clear_line(exact, prompts):
+    served = llm(exact)
+    with pytest.raises(RequestError, match="must be"):
+        served.generate(prompts, GREEDY)
+    assert not served.engine.has_work
+    assert served.generate(torch.tensor([1, 2, 3]), GREEDY)[0].prompt_tokens == 3  # type: ignore[arg-type]
+    served.close()
+    with pytest.raises(RequestError, match="this engine is closed"):
+        served.generate(text(3), GREEDY)
 
 
 # ---- with a tokenizer -------------------------------------------------------------------------------------------------

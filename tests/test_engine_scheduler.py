@@ -20,7 +20,7 @@ class Machine:
     def __init__(self, pages: int, slots: int, keeps_state: bool, generator: random.Random, **options) -> None:
         self.pages, self.slots, self.keeps_state, self.generator = PagePool(pages), slots, keeps_state, generator
         self.scheduler = Scheduler(
-            Hooks(self.admit, self.reserve, self.release),
+            Hooks(self.admit, self.would_admit, self.reserve, self.release),
             max_running=slots, step_tokens=16, idle_tokens=64, **options,
         )  # fmt: skip
         self.now, self.count = 0.0, 0
@@ -34,6 +34,10 @@ class Machine:
         request.work["pages"] = [self.pages.take() for _ in range(-(-kept // BLOCK))]
         request.computed = kept
         return True
+
+    def would_admit(self, request: Request, without) -> bool:
+        held = sum(len(other.work["pages"]) for other in without)
+        return -(-(len(request.tokens) + 1) // BLOCK) <= self.pages.free_count + held
 
     def reserve(self, request: Request, length: int) -> bool:
         assert length <= request.limit
@@ -64,10 +68,9 @@ class Machine:
 
     def step(self) -> None:
         self.now += 0.05
+        for request in self.scheduler.expired(self.now):
+            self.end(request)
         plan = self.scheduler.schedule(self.now)
-        for request in plan.expired:
-            del self.alive[request.id]
-            self.free(request)
         assert len({r.id for r in plan.decode} | {r.id for r, _ in plan.prefill}) == len(plan.decode) + len(
             plan.prefill
         )
@@ -161,6 +164,28 @@ def test_a_higher_priority_takes_the_place_of_a_lower_one_which_then_goes_on_whe
     assert (low.computed, len(low.tokens)) == (read, made)
     machine.step()
     assert low.status is Status.RUNNING and len(low.tokens) > made
+
+
+def test_time_spent_running_is_not_waiting():
+    machine = Machine(100, 1, True, random.Random(1), ageing_s=1.0)
+    low = machine.add(8, 700)
+    for _ in range(200):  # ten seconds
+        machine.step()
+    high = machine.add(8, 5, priority=3)
+    machine.step()
+    assert high.status is Status.RUNNING and low.status is Status.WAITING
+
+
+def test_nobody_is_set_aside_for_one_who_still_cannot_come_in():
+    machine = Machine(10, 3, True, random.Random(1), ageing_s=1000)
+    first = machine.add(40, 20, priority=5)
+    low = machine.add(8, 8, priority=0)
+    machine.step()
+    machine.add(60, 4, priority=3)  # eight pages: the first holds five, the low one only one
+    made = len(low.tokens)
+    for _ in range(5):
+        machine.step()
+    assert low.preemptions == 0 and len(low.tokens) == made + 5 and first.preemptions == 0
 
 
 def test_two_users_get_equal_shares_however_many_requests_one_of_them_sends():

@@ -74,7 +74,9 @@ def test_the_banner_says_what_was_decided(longreach_command, saved, tmp_path):
     from longreach.native import status
 
     options = ["--disk-cache", tmp_path, "--speculation", "lookup", "--draft-tokens", 2, "--device", "cpu"]
-    first, second = longreach_command("generate", saved, "def", "--max-tokens", 1, *options).err.splitlines()[:2]
+    said = longreach_command("generate", saved, "def", "--max-tokens", 1, *options).err.splitlines()
+    disk, first, second = said[:3]
+    assert disk.startswith(f"disk cache {tmp_path}: own records: 0")
     assert first.startswith(f"{saved}: float32 on cpu (asked for), threads: ")
     assert second == (
         f"fast arithmetic; compiled decoding: {status()}; cache: float32 in memory and {tmp_path}; "

@@ -18,6 +18,7 @@ from longreach.model.paged import (
     from_bytes,
     page_nbytes,
     page_tokens,
+    replay_start,
     slid,
     to_bytes,
 )
@@ -131,7 +132,8 @@ def test_a_window_rebuilt_over_cached_entries_says_what_a_cold_run_says():
         model.extend([Segment(writer, tokens[:640])])
         before = [part.clone() for layer in arena.layers for part in layer.page_parts()]
         reader = sequence_of(arena, 1, [0, 1, 2, 3, 4, 9])
-        start = reader.replay(640)
+        start = replay_start(config, 640)
+        reader.replay(640, start)
         assert start == 384 and reader.length == 384, "the rebuilding skips three pages of five"
         model.extend([Segment(reader, tokens[start:640])])
         kept = [part for layer in arena.layers for part in layer.page_parts()]

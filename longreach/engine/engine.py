@@ -13,6 +13,7 @@ depend, in the invariant arithmetic, on what runs beside it, on how its prompt w
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 import threading
 import time
@@ -25,7 +26,7 @@ import torch
 
 from longreach.engine.disk import DiskStore
 from longreach.engine.grammar import GrammarState
-from longreach.engine.memory import Memory, Place, Policy, SetAside, fingerprint_text
+from longreach.engine.memory import POLICIES, Memory, Place, Policy, SetAside, fingerprint_text
 from longreach.engine.request import Request, Status
 from longreach.engine.runner import Rows, Runner
 from longreach.engine.sampler import Sampled, Sampler, SampleRow, TokenCounts
@@ -38,9 +39,11 @@ from longreach.model.paged import page_nbytes, slot_nbytes
 from longreach.model.stores import PRECISIONS, Precision
 from longreach.model.transformer import Transformer
 from longreach.native import status
+from longreach.runtime import log
 from longreach.tokenizer.bpe import Tokenizer
 
 GIB = 1 << 30
+SPECULATIONS = ("off", "lookup", "mtp")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,17 @@ class EngineOptions:
         Raises:
             RequestError: one line with the value and what is allowed.
         """
+        for name, allowed in (("checkpoints", POLICIES), ("speculation", SPECULATIONS)):
+            if getattr(self, name) not in allowed:
+                raise RequestError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if not isinstance(self.prefix_cache, bool):
+            raise RequestError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")
+        for name in ("max_running", "step_tokens", "period", "draft_tokens"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise RequestError(f"{name} must be a whole number, not {value!r}")
+        for name in ("memory_gib", "disk_gib", "ageing_s", "checkpoint_gib", "swap_gib"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
+                raise RequestError(f"{name} must be a number, not {value!r}")
         for name, least in (("max_running", 1), ("step_tokens", 1), ("period", 1), ("draft_tokens", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} {getattr(self, name)} must be {least} or more")
@@ -166,7 +180,8 @@ class Engine:
         self.vocab_size = tokenizer.vocab_size if tokenizer is not None else model.config.vocab_size
         self.precision: Precision = o.precision or ("bfloat16" if model.dtype == torch.bfloat16 else "float32")
         self.memory = self._new_memory()
-        hooks = Hooks(self.memory.admit, self.memory.reserve, self.memory.release)
+        memory = self.memory
+        hooks = Hooks(memory.admit, memory.would_admit, memory.reserve, memory.release)
         self.scheduler = Scheduler(
             hooks, max_running=o.max_running, step_tokens=o.step_tokens, idle_tokens=model.chunk_tokens,
             stop_at=self.memory.stop_at, ageing_s=o.ageing_s,
@@ -178,7 +193,8 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self._lock = threading.Lock()
         self._incoming: list[Request] = []
-        self._cancelled: list[str] = []
+        self._cancelled: list[Request] = []
+        self._is_closed = False
         self._ids = itertools.count()
         self._seeds = random.Random()
 
@@ -191,8 +207,15 @@ class Engine:
                 f"memory_gib {o.memory_gib:g} is too little for {o.max_running} state blocks of {slot / 2**20:.1f} MiB and a "
                 f"page of {page / 2**20:.1f} MiB; give at least {(o.max_running * slot + page) / GIB:.3f}, or fewer max_running"
             )
+        try:
+            return self._memory_of(room // page)
+        except RuntimeError as error:
+            raise RequestError(f"memory_gib {o.memory_gib:g} cannot be had here; give less ({error})") from None
+
+    def _memory_of(self, num_pages: int) -> Memory:
+        o = self.options
         return Memory(
-            self.model, num_slots=o.max_running, num_pages=room // page, precision=self.precision, checkpoints=o.checkpoints,
+            self.model, num_slots=o.max_running, num_pages=num_pages, precision=self.precision, checkpoints=o.checkpoints,
             period=o.period, checkpoint_limit_bytes=int(o.checkpoint_gib * GIB), swap_limit_bytes=int(o.swap_gib * GIB),
             disk=self._open_disk(), prefix_cache=o.prefix_cache,
         )  # fmt: skip
@@ -239,17 +262,25 @@ class Engine:
             RequestError: an empty prompt, a token outside the vocabulary, a prompt beyond the context or the memory, wrong
                 parameters, or an id in use. The engine is as before.
         """
-        params = params or SamplingParams()
+        if self._is_closed:
+            raise RequestError("this engine is closed; make another one")
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be a SamplingParams, not {type(params).__name__}")
         params.check(self.vocab_size)
         tokens = self._tokens(prompt)
         limit = self._limit(len(tokens), params.max_tokens)
-        if deadline_s is not None and not deadline_s > 0:
+        _check_names(user=user, tenant=tenant)
+        for name, number in (("priority", priority), ("deadline_s", 1 if deadline_s is None else deadline_s)):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):
+                raise RequestError(f"{name} must be a number, not {number!r}")
+        if deadline_s is not None and deadline_s <= 0:
             raise RequestError(f"deadline_s {deadline_s} must be above 0 seconds from now")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this engine has none; use stop_token_ids")
         now = self.clock()
         with self._lock:
-            name = request_id or f"request-{next(self._ids)}"
+            name = request_id or next(n for i in self._ids if (n := f"request-{i}") not in self.requests)
             if name in self.requests:
                 raise RequestError(f"request id {name!r} is in use; choose another or leave it out")
             request = Request(
@@ -273,12 +304,15 @@ class Engine:
             if self.tokenizer is None:
                 raise RequestError("a text prompt needs a tokenizer, and this engine has none; give token ids")
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-        tokens = [int(t) for t in prompt]
+        try:
+            tokens = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise RequestError(f"the prompt must be a text or a list of token ids, not {_shown(prompt)}") from None
         if not tokens:
             raise RequestError("the prompt is empty; give at least one token")
         for token in tokens:
-            if not 0 <= token < self.model.config.vocab_size:
-                size = self.model.config.vocab_size
+            if not 0 <= token < self.vocab_size:
+                size = self.vocab_size
                 raise RequestError(f"token id {token} is outside the vocabulary of {size} (0 to {size - 1})")
         return tokens
 
@@ -299,7 +333,8 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """End a request at the next step with what it has; one that is unknown or over is left alone."""
         with self._lock:
-            self._cancelled.append(request_id)
+            if (request := self.requests.get(request_id)) is not None:
+                self._cancelled.append(request)
 
     @property
     def has_work(self) -> bool:
@@ -309,11 +344,13 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Do one step; returns what became of each request that moved."""
+        if self._is_closed:
+            raise RequestError("this engine is closed; make another one")
         begin = time.perf_counter()
         outputs = self._take_incoming()
-        plan = self.scheduler.schedule(self.clock())
-        outputs += [self._ended(request, FinishReason.DEADLINE) for request in plan.expired]
-        outputs += self._run(plan)
+        now = self.clock()
+        outputs += [self._finish(request, FinishReason.DEADLINE) for request in self.scheduler.expired(now)]
+        outputs += self._run(self.scheduler.schedule(now))
         self.stats.steps += 1
         self.stats.step_s += time.perf_counter() - begin
         return outputs
@@ -324,30 +361,25 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, []
         for request in incoming:
             self.scheduler.add(request)
-        return [
-            self._finish(request, FinishReason.CANCELLED)
-            for name in cancelled
-            if (request := self.requests.get(name)) is not None
-        ]
+        return [self._finish(r, FinishReason.CANCELLED) for r in dict.fromkeys(cancelled) if not r.is_finished]
 
     def _run(self, plan: Plan) -> list[Output]:
         outputs: list[Output] = []
-        passes = self.runner.run(plan)
-        left = {id(r): r for r in (*plan.decode, *(r for r, _ in plan.prefill))}
-        while True:
+        for requests, run in self.runner.passes(plan):
             try:
-                rows = next(passes, None)
+                outputs += self._postprocess(run())
             except (
-                RuntimeError,
-                MemoryError,
-            ) as error:  # out of memory in a pass: its requests end, the engine lives on
-                outputs += [self._fail(request, f"the pass failed: {error}") for request in left.values()]
-                return outputs
-            if rows is None:
-                return outputs
-            for row in rows:
-                left.pop(id(row.request))
-            outputs += self._postprocess(rows)
+                Exception
+            ) as error:  # an edge like a server's: whatever went wrong ends the requests of this pass alone
+                log.warning("a pass of %d requests failed: %s: %s", len(requests), type(error).__name__, error)
+                why = f"the pass failed: {type(error).__name__}: {error}"
+                outputs += [self._fail(request, why) for request in requests if not request.is_finished]
+            except BaseException:  # interrupted: how far the sequences had got is unknown, so nothing goes on from them
+                for request in requests:
+                    if not request.is_finished:
+                        self._fail(request, "interrupted")
+                raise
+        return outputs
 
     def _postprocess(self, rows: list[Rows]) -> list[Output]:
         """Remember what was read, draw tokens, check drafts, end what is over."""
@@ -375,7 +407,12 @@ class Engine:
             at += len(logits)
         going = [request for request, _ in asking if request.status is Status.RUNNING]
         if self.drafter is not None and going:
-            self.drafter.propose(going)
+            try:
+                self.drafter.propose(going)
+            except (RuntimeError, MemoryError) as error:  # a guess is never needed
+                log.warning("no drafts this time: %s", error)
+                for request in going:
+                    request.drafts = []
         return outputs
 
     def _questions(self, request: Request) -> list[SampleRow]:
@@ -491,10 +528,27 @@ class Engine:
 
     def close(self) -> None:
         """Finish writing the disk tier. The engine is not used afterwards."""
-        self.memory.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self.memory.close()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _check_names(**names: str) -> None:
+    for name, value in names.items():
+        if not isinstance(value, str):
+            raise RequestError(f"{name} must be a text, not {value!r}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{name} {value!r} is not valid Unicode") from None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

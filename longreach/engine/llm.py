@@ -10,10 +10,11 @@ for piece in llm.stream("import "):
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from longreach.checkpoint.load import load_model
 from longreach.engine.engine import Engine, EngineOptions, Output
@@ -87,6 +88,7 @@ class LLM:
         if options is not None and changes:
             raise RequestError("give either an EngineOptions or its fields as keywords, not both")
         self.engine = Engine(model, tokenizer, options or EngineOptions(**changes))
+        self._waiting: dict[str, deque[Output]] = {}
 
     def generate(
         self,
@@ -105,39 +107,56 @@ class LLM:
             RequestError: a prompt or parameter that cannot be served; nothing has run then.
         """
         listed = _listed(prompts)
-        each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
         if len(each) != len(listed):
             raise RequestError(f"{len(each)} parameters for {len(listed)} prompts; give one for all, or one for each")
         requests: list[Request] = []
         try:
             for prompt, param in zip(listed, each, strict=True):
-                requests.append(self.engine.submit(prompt, param, tenant=tenant))
-        except RequestError:
-            for request in requests:
-                self.engine.cancel(request.id)
-            self.engine.step()
-            raise
-        texts: dict[str, list[str]] = {request.id: [] for request in requests}
-        for output in self._until_done(requests):
-            texts[output.request.id].append(output.text)
-        return [completion(request, "".join(texts[request.id])) for request in requests]
+                requests.append(self._submit(prompt, param, tenant))
+            texts = ["".join(output.text for output in self._outputs_of(request)) for request in requests]
+        finally:
+            self._leave(requests)
+        return [completion(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, tenant: str = "") -> Iterator[Output]:
-        """Continue one prompt, yielding what each step makes. Leaving the loop early cancels the request."""
-        request = self.engine.submit(prompt, params, tenant=tenant)
-        try:
-            yield from self._until_done([request])
-        finally:
-            if not request.is_finished:
-                self.engine.cancel(request.id)
-                self.engine.step()
+        """Continue one prompt, yielding what each step makes. Leaving the loop early cancels the request.
 
-    def _until_done(self, requests: Sequence[Request]) -> Iterator[Output]:
-        mine = {request.id for request in requests}
-        while not all(request.is_finished for request in requests):
-            for output in self.engine.step():
-                if output.request.id in mine:
-                    yield output
+        Several streams may be read in turns; each step serves all of them.
+        """
+        request = self._submit(prompt, params, tenant)
+        try:
+            yield from self._outputs_of(request)
+        finally:
+            self._leave([request])
+
+    def _submit(self, prompt: Prompt, params: SamplingParams | None, tenant: str) -> Request:
+        request = self.engine.submit(prompt, params, tenant=tenant)
+        self._waiting[request.id] = deque()
+        return request
+
+    def _outputs_of(self, request: Request) -> Iterator[Output]:
+        """What the engine makes for one request; what it makes for others meanwhile waits for them."""
+        mine = self._waiting[request.id]
+        while mine or not request.is_finished:
+            if not mine:
+                self._step()
+            while mine:
+                yield mine.popleft()
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if (queue := self._waiting.get(output.request.id)) is not None:
+                queue.append(output)
+
+    def _leave(self, requests: Sequence[Request]) -> None:
+        """Cancel what is not finished and forget what nobody reads."""
+        for request in requests:
+            self.engine.cancel(request.id)
+        if not all(request.is_finished for request in requests):
+            self._step()
+        for request in requests:
+            self._waiting.pop(request.id, None)
 
     def close(self) -> None:
         """Finish writing the disk tier."""
@@ -169,6 +188,10 @@ def completion(request: Request, text: str) -> Completion:
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) and all(isinstance(p, int) for p in prompts):
-        return [prompts]  # type: ignore[list-item]  # one prompt of token ids
-    return list(prompts)  # type: ignore[arg-type]
+    try:
+        listed = list(prompts)
+    except TypeError:
+        raise RequestError(f"prompts must be texts or lists of token ids, not {prompts!r}") from None
+    if listed and all(hasattr(prompt, "__index__") for prompt in listed):
+        return [cast("Sequence[int]", listed)]  # one prompt of token ids
+    return cast("list[Prompt]", listed)

@@ -31,7 +31,7 @@ from longreach.engine.pages import OutOfPages, PagePool
 from longreach.engine.prefix import Node, PrefixIndex, chain_digest
 from longreach.engine.request import Request
 from longreach.errors import CacheError
-from longreach.model.paged import Arena, PagedSequence, SavedState, from_bytes, to_bytes
+from longreach.model.paged import Arena, PagedSequence, SavedState, from_bytes, replay_start, to_bytes
 from longreach.model.stores import REWIND, Precision
 from longreach.model.transformer import Transformer
 
@@ -56,10 +56,12 @@ class Place:
 
     Attributes:
         node: the deepest node of the prefix tree that the request's own pages have reached.
+        kept: length at the last periodic checkpoint, or where the request came in.
     """
 
     sequence: PagedSequence
     node: Node
+    kept: int = 0
 
 
 @dataclass
@@ -132,8 +134,6 @@ class Memory:
         self.prefix_cache = prefix_cache
         self._use_disk(disk)
         self.stats = MemoryStats()
-        config = model.config
-        self.replay_tokens = config.num_hidden_layers * (config.sliding_window - 1) if config.attention != "mla" else 0
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -167,24 +167,31 @@ class Memory:
         if aside is not None:
             self._bring_back(request, aside)
             return True
-        first_time = request.preemptions == 0
         found = self._find(request) if self.prefix_cache else _Found(0, None)
         self._enter(request, found)
-        if first_time:
+        if not request.preemptions:
             request.cached = min(request.computed, request.num_prompt)
             self.stats.prompt += request.num_prompt
             self.stats.cached += request.cached
         else:
+            request.cached = min(request.cached, request.computed)
             self.stats.recomputed_after_preemption += len(request.tokens) - request.computed
         return True
+
+    def would_admit(self, request: Request, without: Sequence[Request]) -> bool:
+        """Whether there would be room for a request if those running ones were set aside."""
+        given = {page for other in without for page in other.work.place.sequence.pages}
+        held = sum(self.pages.holders(page) == 1 for page in given)
+        return self.blocks_for(len(request.tokens) + 1) <= self.pages.free_count + self.index.evictable + held
 
     def reserve(self, request: Request, length: int) -> bool:
         """Pages up to `length` tokens."""
         sequence = request.work.place.sequence
-        at, started = divmod(sequence.length, self.block)
+        at = sequence.length // self.block
         # A page becomes findable when its last token is read, and whoever goes on inside a page known to others has `held`
         # beyond it: so the page that is written next is never anybody else's.
-        assert not started or sequence.held > sequence.length or self.pages.holders(sequence.pages[at]) == 1
+        writes = at < len(sequence.pages) and sequence.held <= sequence.length
+        assert not writes or self.pages.holders(sequence.pages[at]) == 1
         try:
             while len(sequence.pages) < self.blocks_for(length):
                 sequence.pages.append(self._take_page())
@@ -245,7 +252,7 @@ class Memory:
         node, path = self._pages_from_disk(request, node)
         state = match.held.checkpoint if match.held is not None else None
         start = match.usable
-        replay = max(0, node.depth * self.block - self.replay_tokens) // self.block * self.block
+        replay = replay_start(self.arena.config, node.depth * self.block)
         replay = min(replay, (len(tokens) - 1) // self.block * self.block)
         if self.disk is not None and (found := self._state_from_disk(request, path, max(start, replay))) is not None:
             state, start = found, min(found.length, len(tokens) - 1)
@@ -324,10 +331,10 @@ class Memory:
             if found.start < found.state.length:
                 sequence.truncate(found.start)
             sequence.held = known if known > found.start else 0
-        elif found.start > 0 or (known and self.replay_tokens):
-            sequence.replay(known)
+        elif known:
+            sequence.replay(known, found.start)
             self.stats.replayed += known - sequence.length
-        request.computed = sequence.length
+        request.computed = place.kept = sequence.length
 
     # ---- remembering ------------------------------------------------------------------------------------------------
 
@@ -359,6 +366,7 @@ class Memory:
         sequence = place.sequence
         if sequence.held > sequence.length or sequence.length <= place.node.depth * self.block - 1:
             return
+        place.kept = sequence.length
         rest = request.tokens[place.node.depth * self.block : sequence.length]
         state = sequence.save(slack)
         self.index.add_checkpoint(place.node, rest, state)
@@ -373,8 +381,8 @@ class Memory:
             return
         if is_end and self.at_ends:
             self.checkpoint(request)
-        elif self.every and place.sequence.length and place.sequence.length % self.every == 0:
-            self.checkpoint(request, slack=0)
+        elif self.every and place.sequence.length // self.every > place.kept // self.every:
+            self.checkpoint(request, slack=0)  # at the very multiple, unless accepted drafts jumped over it
         else:
             self.publish(request)
 

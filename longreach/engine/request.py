@@ -29,9 +29,10 @@ class Request:
         user: who shares fairly with others; tenant: whose cache entries it may see.
         priority: higher goes first. Waiting raises it by one every `Scheduler.ageing_s` seconds.
         arrival, deadline: seconds of the engine's clock.
+        queued, waited: since when it waits, and how long it has waited before.
         computed: tokens whose state exists: the last generated one is always still to be read.
         cached: prompt tokens that never went through the model for this request, because somebody's state was there.
-        served: an order among those that arrived; kept when the request is pre-empted.
+        order: among those that arrived; kept when the request is pre-empted.
     """
 
     id: str
@@ -46,6 +47,8 @@ class Request:
     arrival: float = 0.0
     deadline: float | None = None
     order: int = 0
+    queued: float = 0.0
+    waited: float = 0.0
     status: Status = Status.WAITING
     computed: int = 0
     cached: int = 0

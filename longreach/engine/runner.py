@@ -7,8 +7,9 @@ is the same whether or not somebody's prompt is being read beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,12 +51,14 @@ class Runner:
         self.tokens_run = 0
         self.forward_s = 0.0
 
-    def run(self, plan: Plan) -> Iterator[list[Rows]]:
-        """The passes of a plan, one after the other."""
+    def passes(self, plan: Plan) -> Iterator[tuple[list[Request], Callable[[], list[Rows]]]]:
+        """The passes of a plan, one after the other: whom it is for, and the call that makes it."""
         for batch in _batches([(r, 1 + len(r.drafts)) for r in plan.decode], DECODE_ROWS):
-            yield self._pass([(r, [r.tokens[-1], *r.drafts]) for r, _ in batch], is_prefill=False)
+            work = [(r, [r.tokens[-1], *r.drafts]) for r, _ in batch]
+            yield [r for r, _ in batch], partial(self._pass, work, is_prefill=False)
         for batch in _batches(plan.prefill, self.model.chunk_tokens):
-            yield self._pass([(r, r.tokens[r.computed : r.computed + n]) for r, n in batch], is_prefill=True)
+            work = [(r, r.tokens[r.computed : r.computed + n]) for r, n in batch]
+            yield [r for r, _ in batch], partial(self._pass, work, is_prefill=True)
 
     def _pass(self, work: Sequence[tuple[Request, list[int]]], is_prefill: bool) -> list[Rows]:
         segments = [Segment(request.work.place.sequence, tokens) for request, tokens in work]

@@ -1,6 +1,6 @@
 """Which request runs next, and with how many tokens: integers and clocks, no tensors.
 
-Each step: those past their deadline leave; waiting requests are let in while a state block and pages are free; every
+Each step: waiting requests are let in while a state block and pages are free; every
 request that has its prompt behind it gets its next token; what is left of the step's token budget reads prompts, so that
 decoding goes on while a long prompt is read.
 
@@ -12,7 +12,7 @@ when there is room. A request that fits the memory alone is always served: the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from longreach.engine.request import Request, Status
@@ -25,12 +25,10 @@ class Plan:
     Attributes:
         decode: requests whose newest token is read (and their drafts).
         prefill: (request, tokens of the prompt to read).
-        expired: requests past their deadline, already taken out.
     """
 
     decode: list[Request] = field(default_factory=list)
     prefill: list[tuple[Request, int]] = field(default_factory=list)
-    expired: list[Request] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -39,15 +37,18 @@ class Plan:
 
 @dataclass
 class Hooks:
-    """What the scheduler asks of whoever owns memory. All return whether it worked.
+    """What the scheduler asks of whoever owns memory.
 
     Attributes:
-        admit: give the request a state block and what the prefix cache knows; sets `computed` and `cached`.
-        reserve: pages up to so many tokens, evicting cached prefixes where needed.
+        admit: give the request a state block and what the prefix cache knows; sets `computed` and `cached`. Returns whether
+            there was room.
+        would_admit: whether there would be, were these running requests set aside.
+        reserve: pages up to so many tokens, evicting cached prefixes where needed. Returns whether there were enough.
         release: take block and pages back, keeping what is needed to go on exactly where it stands.
     """
 
     admit: Callable[[Request], bool]
+    would_admit: Callable[[Request, Sequence[Request]], bool]
     reserve: Callable[[Request, int], bool]
     release: Callable[[Request], None]
 
@@ -80,6 +81,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.served: dict[str, float] = {}
         self.preempted = 0
+        self.now = 0.0
         self._order = 0
 
     # ---- in and out -------------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request."""
         self._order += 1
-        request.order, request.status = self._order, Status.WAITING
+        request.order, request.status, request.queued = self._order, Status.WAITING, request.arrival
         active = {r.user for r in (*self.waiting, *self.running)}
         if request.user not in active:
             # One who was away does not come back with a claim on all the time he did not use.
@@ -108,18 +110,19 @@ class Scheduler:
         self.running.remove(request)
         request.status, request.drafts = Status.WAITING, []
         request.preemptions += 1
+        request.queued = self.now
         self.preempted += 1
         self.waiting.append(request)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
+    def expired(self, now: float) -> list[Request]:
+        """Requests past their deadline; taking them out is the caller's."""
+        return [r for r in (*self.waiting, *self.running) if r.deadline is not None and now >= r.deadline]
+
     def schedule(self, now: float) -> Plan:
         """Decide the next step and reserve its memory."""
-        plan = Plan(expired=[r for r in (*self.waiting, *self.running) if r.deadline is not None and now >= r.deadline])
-        for request in plan.expired:
-            if request.status is Status.RUNNING:
-                self.hooks.release(request)
-            self.finish(request)
+        plan, self.now = Plan(), now
         self._admit(now)
         self._decode(plan, now)
         self._prefill(plan, now)
@@ -131,31 +134,29 @@ class Scheduler:
 
     def rank(self, request: Request, now: float) -> tuple[float, float, int]:
         """Sort key: smaller goes first."""
-        waited = max(0.0, now - request.arrival) // self.ageing_s
-        return -(request.priority + waited), self.served.get(request.user, 0.0), request.order
+        waited = request.waited + (max(0.0, now - request.queued) if request.status is Status.WAITING else 0.0)
+        return -(request.priority + waited // self.ageing_s), self.served.get(request.user, 0.0), request.order
 
     def _admit(self, now: float) -> None:
         """Let in waiting requests in order, up to the first that does not fit: passing over it would starve it."""
         while self.waiting:
             first = min(self.waiting, key=lambda r: self.rank(r, now))
-            if len(self.running) >= self.max_running and not self._make_way(first, now):
-                return
-            if not self.hooks.admit(first):
-                if self.running and not self._make_way(first, now):
-                    return
-                if not self.running:
+            if len(self.running) >= self.max_running or not self.hooks.admit(first):
+                if not self._make_way(first, now):
                     return
                 continue
             self.waiting.remove(first)
+            first.waited += max(0.0, now - first.queued)
             first.status = Status.RUNNING
             self.running.append(first)
 
     def _make_way(self, request: Request, now: float) -> bool:
-        """Set the last running request aside if its priority is lower than that of the waiting one."""
-        last = max(self.running, key=lambda r: self.rank(r, now))
-        if -self.rank(last, now)[0] >= -self.rank(request, now)[0]:
+        """Set the last running request aside for one of higher priority, if that one can come in by setting such aside."""
+        mine = self.rank(request, now)[0]
+        lower = [r for r in self.running if self.rank(r, now)[0] > mine]
+        if not lower or not self.hooks.would_admit(request, lower):
             return False
-        self.preempt(last)
+        self.preempt(max(lower, key=lambda r: self.rank(r, now)))
         return True
 
     def _decode(self, plan: Plan, now: float) -> None:
@@ -176,6 +177,7 @@ class Scheduler:
             stop = min(request.computed + budget, len(request.tokens))
             if self.stop_at is not None:
                 stop = min(stop, self.stop_at(request, request.computed))
+            assert stop > request.computed, f"{request.id} has no token left to read"
             if self._reserve(request, stop, now):
                 plan.prefill.append((request, stop - request.computed))
                 budget -= stop - request.computed

@@ -62,7 +62,9 @@ class PromptLookup:
                 request.work.lookup = Suffixes()
             place = request.work.lookup.find(request.tokens)
             if place is not None:
-                request.drafts = list(request.tokens[place : place + room])
+                # A text that repeats itself goes round: after its end comes what came after its last time round.
+                again = request.tokens[place:]
+                request.drafts = [again[i % len(again)] for i in range(room)]
 
 
 class MTPDrafter:

@@ -51,6 +51,23 @@ def page_tokens(config: ModelConfig) -> int:
     return common * -(-PAGE_TOKENS // common)
 
 
+def replay_start(config: ModelConfig, held: int) -> int:
+    """Where to begin so that window and tails at `held` tokens come out as in a cold run: the start of a page.
+
+    The entries come from the pages, whatever the window said meanwhile. Layer l's inputs are right `sliding_window - 1`
+    tokens later than those of the layer below; the last layer then needs a window of right ones, and a CSA layer the whole
+    block before. Source: DeepSeek-V4 report, section 3.5, the zero-SWA policy.
+    """
+    kinds = [config.layer_kind(layer) for layer in range(config.num_hidden_layers)]
+    if not set(kinds) & {"sliding", "csa", "hca"}:
+        return held  # no window, no tail: entries are all there is
+    blocks = [layer_needs(config, layer).ratio for layer, kind in enumerate(kinds) if kind == "csa"]
+    back = config.sliding_window - 1
+    reach = (config.num_hidden_layers - 1) * back + max(back, *blocks, 0)
+    size = page_tokens(config)
+    return max(0, held - reach) // size * size
+
+
 @dataclass
 class ArenaLayer:
     """One layer's share of the arena; None where the layer's kind has no use for it.
@@ -335,16 +352,10 @@ class PagedSequence:
         self.length = self.held = 0
         self.extent = Extent(raw_lo=dict.fromkeys(self.arena.raw_keeps, 0))
 
-    def replay(self, held: int) -> int:
-        """Stand where the window over `held` cached tokens can be rebuilt from, and return that position.
-
-        Layer l's window is right `sliding_window - 1` tokens later than that of the layer below, so after
-        `layers · (sliding_window - 1)` tokens all are; the entries come from the pages meanwhile, whatever the window said.
-        Source: DeepSeek-V4 report, section 3.5, the zero-SWA policy.
-        """
-        config, size = self.arena.config, self.arena.page_tokens
-        assert held % size == 0 and len(self.pages) * size >= held
-        start = max(0, (held - config.num_hidden_layers * (config.sliding_window - 1)) // size * size)
+    def replay(self, held: int, start: int) -> None:
+        """Stand at `start`, from where the window over `held` cached tokens is rebuilt (see `replay_start`)."""
+        size = self.arena.page_tokens
+        assert held % size == 0 and start % size == 0 and start <= held <= len(self.pages) * size
         self.rewind_to_start()
         self.length, self.held = start, held
         if start < held:
@@ -356,7 +367,6 @@ class PagedSequence:
             for layer in self.arena.layers:
                 for part in layer.state_parts():
                     part[self.slot].zero_()  # rows before the start are read, by positions that do not count
-        return start
 
     # leaving the arena and coming back
 
