@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"tokenizer"},
     "optim": {"errors"},
     "checkpoint": BASE | {"model", "ops"},
-    "engine": BASE | {"checkpoint", "model", "native", "tokenizer"},
+    "engine": BASE | {"checkpoint", "model", "native", "ops", "tokenizer"},
     # applications: never import each other
     "train": BASE | {"checkpoint", "data", "model", "ops", "optim", "plan", "tokenizer"},
     "plan": BASE | {"model"},

@@ -22,9 +22,15 @@ from longreach.engine.sampler import Sampler, SampleRow
 from longreach.engine.sampling import SamplingParams
 from longreach.model.paged import PagedSequence, Segment
 from longreach.model.transformer import Transformer
+from longreach.ops.linear import linear
 
 LONGEST, SHORTEST = 4, 2
 """Tokens of context that prompt look-up matches: the longest that occurred before."""
+
+
+GUESSABLE, LEAST_GUESSABLE = 4, 1024
+"""The MTP block guesses among the first quarter of the vocabulary (at least so many tokens): byte-pair merges are numbered by how
+often they occur, and reading a whole head for a guess costs as much as the block itself."""
 
 
 class Suffixes:
@@ -71,7 +77,8 @@ class MTPDrafter:
     """Drafts of the model's own MTP block, drawn with the noise the model's tokens will be drawn with."""
 
     def __init__(self, model: Transformer, sampler: Sampler, vocab_size: int, count: int) -> None:
-        self.model, self.sampler, self.vocab_size, self.count = model, sampler, vocab_size, count
+        self.model, self.sampler, self.count = model, sampler, count
+        self.head = model.head.weight[: max(LEAST_GUESSABLE, vocab_size // GUESSABLE)][:vocab_size].detach()
 
     def propose(self, requests: Sequence[Request]) -> None:
         """Set `drafts` of each request, from the streams of the tokens it has just read."""
@@ -93,7 +100,7 @@ class MTPDrafter:
         lengths = [s.sequence.length for s in segments]
         for i in range(self.count):
             with torch.inference_mode():
-                logits = self.model.head(hidden[0])[:, : self.vocab_size]
+                logits = linear(hidden[0].to(self.head.dtype), self.head).float()
             rows = [SampleRow(_plain(r.params), r.seed, r.num_generated + i) for r in asking]
             for request, drawn in zip(asking, self.sampler.sample(logits, rows), strict=True):
                 if drawn.token_id >= 0 and len(request.drafts) == i < request.limit - len(request.tokens) - 1:

@@ -243,7 +243,7 @@ class Transformer(nn.Module):
             Hidden states for the head `[1, total, D]`, and the streams after the block.
         """
         tokens = torch.tensor([[t for s in segments for t in s.tokens]], dtype=torch.int64, device=self.device)
-        if (rows := self._rows_for(segments)) is not None:
+        if (rows := self._rows_for(segments, looked=True)) is not None:  # by `extend`, which made the streams
             hidden, after = rows.draft(tokens[0], segments, streams[0])
             return hidden.unsqueeze(0), after.unsqueeze(0)
         bounds = list(pairwise(accumulate((len(s.tokens) for s in segments), initial=0)))
@@ -258,9 +258,9 @@ class Transformer(nn.Module):
             segment.sequence.advance_mtp(len(segment.tokens), held)
         return block.read(out), out
 
-    def _rows_for(self, segments: Sequence[Segment]) -> NativeRows | None:
+    def _rows_for(self, segments: Sequence[Segment], *, looked: bool = False) -> NativeRows | None:
         """The compiled functions for these segments; None where they do not apply."""
-        rows = NativeRows.of(self)
+        rows = NativeRows.of(self, looked=looked)
         return rows if rows is not None and rows.suits_segments(segments) else None
 
     # ---- how a call is cut into passes ------------------------------------------------------------------------------
