@@ -185,4 +185,6 @@ def test_a_wrong_option_is_one_plain_line_on_a_terminal_too():
     said = os.read(ours, 10_000).decode()
     os.close(ours)
     assert done.returncode == 2
-    assert said.replace("\r", "").startswith("longreach inspect: Unrecognized options: --sped") and said.count("\n") == 1
+    assert (
+        said.replace("\r", "").startswith("longreach inspect: Unrecognized options: --sped") and said.count("\n") == 1
+    )

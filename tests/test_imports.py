@@ -45,7 +45,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Third-party modules by layer where the list is short on purpose: the mathematics can be read and tested with torch alone.
-ONLY_THESE_LIBRARIES = {"ops": {"torch", "triton"}, "model": {"torch", "numpy", "safetensors"}, "errors": set(), "cli": {"tyro"}}
+ONLY_THESE_LIBRARIES = {
+    "ops": {"torch", "triton"},
+    "model": {"torch", "numpy", "safetensors"},
+    "errors": set(),
+    "cli": {"tyro"},
+}
 
 # Decided in integers, so that their tests may walk a hundred thousand steps.
 WITHOUT_TORCH = (

@@ -252,7 +252,9 @@ def _rollout(bench: Bench, model: Transformer) -> None:
     trained = token_logprobs(logits, tokens[0, len(prompt) :]).detach().cpu()
     reported = torch.tensor([s.logprob for s in rollout.logprobs or ()])
     difference = bench.record("rollout_training_difference", float((trained - reported).abs().max()))
-    bench.say(f"log-probabilities of 64 sampled tokens, engine against training forward: largest difference {difference:g}")
+    bench.say(
+        f"log-probabilities of 64 sampled tokens, engine against training forward: largest difference {difference:g}"
+    )
 
 
 # ---- prefixes ----------------------------------------------------------------------------------------------------------
