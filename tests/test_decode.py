@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from shuffled import shuffled
 
 from longreach.model.config import ModelConfig
 from longreach.model.decode import NativeStep
@@ -32,19 +33,6 @@ def small(**changes) -> ModelConfig:
         max_position_embeddings=4096,
     )  # fmt: skip
     return ModelConfig(**(fields | changes))
-
-
-def shuffled(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model whose gates, sinks and biases all matter."""
-    model = Transformer(config, seed=seed).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 1 or "hc" in name else 0.08))
-        for name, buffer in model.named_buffers():
-            if name.endswith("bias"):
-                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
-    return model
 
 
 def both_ways(model: Transformer, prompt: torch.Tensor, new: torch.Tensor, precision="float32", exact=True, **ask):

@@ -395,7 +395,7 @@ def test_bad_input_is_one_clear_line_and_the_engine_lives_on(exact):
     ]
     for prompt, params, message in cases:
         with pytest.raises(RequestError, match=message) as error:
-            served.generate([text(4), prompt], [GREEDY, params])  # type: ignore[list-item]
+            served.generate([text(4), prompt], [GREEDY, params])
         assert "\n" not in str(error.value)
     served.engine.submit(text(3), GREEDY, request_id="x")
     with pytest.raises(RequestError, match="'x' is in use"):
@@ -444,7 +444,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(exact):
             raise RequestError("the grammar is too complex; simplify it")
 
     served = llm(exact, prefix_cache=False)
-    params = [GREEDY, SamplingParams(max_tokens=9, grammar=Lost())]  # type: ignore[arg-type]
+    params = [GREEDY, SamplingParams(max_tokens=9, grammar=Lost())]
     answers = served.generate([text(9), text(8)], params)
     assert answers[0].token_ids == alone(exact, text(9)).token_ids
     assert (
@@ -594,7 +594,7 @@ def test_prompts_of_a_wrong_kind_are_one_clear_line(exact, prompts):
     with pytest.raises(RequestError, match="must be"):
         served.generate(prompts, GREEDY)
     assert not served.engine.has_work
-    assert served.generate(torch.tensor([1, 2, 3]), GREEDY)[0].prompt_tokens == 3  # type: ignore[arg-type]
+    assert served.generate(torch.tensor([1, 2, 3]), GREEDY)[0].prompt_tokens == 3
     served.close()
     with pytest.raises(RequestError, match="this engine is closed"):
         served.generate(text(3), GREEDY)

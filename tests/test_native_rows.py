@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from shuffled import shuffled
 
 from longreach.errors import ShapeError
 from longreach.model.cache import ContiguousCache
@@ -31,19 +32,6 @@ def small(**changes) -> ModelConfig:
         max_position_embeddings=4096, arithmetic="invariant",
     )  # fmt: skip
     return ModelConfig(**(fields | changes))
-
-
-def shuffled(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model whose gates, sinks and biases all matter."""
-    model = Transformer(config, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 1 or "hc" in name else 0.08))
-        for name, buffer in model.named_buffers():
-            if name.endswith("bias"):
-                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,15 @@ class TransformersPeer:
 
     def tune_generation(self, tokens: Tensor, new: int = 6) -> str:
         """The fastest expert implementation for decoding rows like `tokens`."""
+        return self._fastest_experts(lambda: statistics.median(self.generate(tokens, new)))
+
+    def _fastest_experts(self, seconds: Callable[[], float]) -> str:
+        """Try each expert implementation, keep the one for which `seconds` returns least."""
         fastest = float("inf")
         for experts in EXPERTS:
             try:
                 self.model.set_experts_implementation(experts)
-                took = statistics.median(self.generate(tokens, new))
+                took = seconds()
             except (RuntimeError, NotImplementedError, ValueError):
                 continue  # not offered for this type or device
             if took < fastest:
@@ -114,35 +119,26 @@ class TransformersPeer:
     def tune_training(self, tokens: Tensor) -> str:
         """The fastest expert implementation for training on texts like `tokens`. Weights and gradients stay as they are."""
         self.model.train()
-        weights, fastest = list(self.model.parameters()), float("inf")
-        for experts in EXPERTS:
-            try:
-                self.model.set_experts_implementation(experts)
-                for _ in range(2):  # the first is slower whoever it is
-                    began = time.perf_counter()
-                    torch.autograd.grad(self.loss(tokens), weights, allow_unused=True)
-                    took = time.perf_counter() - began
-            except (RuntimeError, NotImplementedError, ValueError):
-                continue  # not offered for this type or device
-            if took < fastest:
-                fastest, self.experts = took, experts
-        self.model.set_experts_implementation(self.experts)
-        return self.experts
+        weights = list(self.model.parameters())
+
+        def seconds() -> float:
+            for _ in range(2):  # the first is slower whoever it is
+                began = time.perf_counter()
+                torch.autograd.grad(self.loss(tokens), weights, allow_unused=True)
+            return time.perf_counter() - began
+
+        return self._fastest_experts(seconds)
 
     def tune(self, tokens: Tensor) -> None:
         """Choose the fastest expert implementation and chunk for prompts like `tokens`."""
-        fastest = float("inf")
-        for experts in EXPERTS:
-            try:
-                self.model.set_experts_implementation(experts)
-                self.prefill(tokens[:, :256], 256)
-                began = time.perf_counter()
-                self.prefill(tokens[:, :2048], 1024)
-            except (RuntimeError, NotImplementedError, ValueError):
-                continue  # not offered for this type or device
-            if (took := time.perf_counter() - began) < fastest:
-                fastest, self.experts = took, experts
-        self.model.set_experts_implementation(self.experts)
+
+        def seconds() -> float:
+            self.prefill(tokens[:, :256], 256)
+            began = time.perf_counter()
+            self.prefill(tokens[:, :2048], 1024)
+            return time.perf_counter() - began
+
+        self._fastest_experts(seconds)
         fastest = float("inf")
         for chunk in CHUNKS:
             began = time.perf_counter()

@@ -27,13 +27,13 @@ from torch import Tensor
 from longreach.errors import CacheError
 from longreach.model.config import ModelConfig
 from longreach.model.stores import (
-    PRECISIONS,
     Codec,
     LayerStore,
     Pool,
     Precision,
     Recent,
     buffer_stores,
+    check_precision,
     index_codec,
     kv_codec,
     layer_needs,
@@ -70,15 +70,9 @@ class ContiguousCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise CacheError(f"cache precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+        check_precision(config, precision)
         if batch_size < 1:
             raise CacheError(f"a cache of {batch_size} rows is empty; give at least 1")
-        if precision == "released" and config.index_head_dim & (config.index_head_dim - 1):
-            raise CacheError(
-                f"precision 'released' rotates index keys, so index_head_dim={config.index_head_dim} must be a power "
-                "of two; use 'float32' or 'bfloat16'"
-            )
         self.config = config
         self.precision: Precision = precision
         self.device, self.dtype = torch.device(device), dtype

@@ -27,7 +27,6 @@ from longreach.errors import CacheError
 from longreach.model.config import ModelConfig
 from longreach.model.stores import (
     INDEX_BLOCK,
-    PRECISIONS,
     REWIND,
     Codec,
     FloatCodec,
@@ -35,6 +34,7 @@ from longreach.model.stores import (
     LayerStore,
     Precision,
     Recent,
+    check_precision,
     index_codec,
     kv_codec,
     layer_needs,
@@ -118,13 +118,7 @@ class Arena:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise CacheError(f"cache precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-        if precision == "released" and config.index_head_dim & (config.index_head_dim - 1):
-            raise CacheError(
-                f"precision 'released' rotates index keys, so index_head_dim={config.index_head_dim} must be a power "
-                "of two; use 'float32' or 'bfloat16'"
-            )
+        check_precision(config, precision)
         self.config = config
         self.precision: Precision = precision
         self.device, self.dtype = torch.device(device), dtype

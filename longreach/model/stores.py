@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longreach.errors import CacheError
 from longreach.model.config import ModelConfig
 from longreach.ops.attention import gather_entries
 from longreach.ops.quant import (
@@ -560,6 +561,21 @@ def graph_stores(config: ModelConfig, num_layers: int) -> list[LayerStore]:
             )
         )
     return stores
+
+
+def check_precision(config: ModelConfig, precision: str) -> None:
+    """Refuse a storage precision that is unknown, or that this shape's index keys do not fit.
+
+    Raises:
+        CacheError: which, and what to use instead.
+    """
+    if precision not in PRECISIONS:
+        raise CacheError(f"cache precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == "released" and config.index_head_dim & (config.index_head_dim - 1):
+        raise CacheError(
+            f"precision 'released' rotates index keys, so index_head_dim={config.index_head_dim} must be a power "
+            "of two; use 'float32' or 'bfloat16'"
+        )
 
 
 def kv_codec(config: ModelConfig, precision: Precision, width: int) -> Codec:
