@@ -47,7 +47,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "plot": Command("longreach.train.plot", "PlotOptions", "draw the curves of one or several runs"),
     "generate": Command("longreach.generate", "GenerateOptions", "continue a prompt, token by token"),
-    "chat": Command("longreach.chat", "ChatOptions", "talk with a model in the terminal"),
+    "chat": Command("longreach.terminal", "ChatOptions", "talk with a model in the terminal"),
+    "serve": Command("longreach.server.serve", "ServeOptions", "serve models: the API, a page, metering"),
+    "keys add": Command("longreach.server.keys_command", "AddOptions", "make an API key", "add"),
+    "keys list": Command("longreach.server.keys_command", "ListOptions", "the API keys there are", "list_keys"),
+    "keys topup": Command("longreach.server.keys_command", "TopUpOptions", "add to a key's balance", "top_up"),
+    "keys revoke": Command("longreach.server.keys_command", "RevokeOptions", "end an API key", "revoke"),
+    "usage": Command("longreach.server.usage", "UsageOptions", "what was used, and what it costs at which prices"),
     "convert": Command("longreach.checkpoint.convert", "ConvertOptions", "rewrite a checkpoint in another layout"),
     "inspect": Command("longreach.checkpoint.inspect", "InspectOptions", "say what a checkpoint holds"),
     "compare": Command("longreach.checkpoint.compare", "CompareOptions", "say whether two checkpoints are the same"),
@@ -64,6 +70,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench engine": Command(
         "longreach.bench.engine", "EngineBenchOptions", "batches, prefix hits and speculation of the engine"
+    ),
+    "bench serve": Command(
+        "longreach.bench.serve", "ServeBenchOptions", "the server under many clients, and whether it loses anything"
     ),
     "bench cache": Command("longreach.bench.cache", "CacheBenchOptions", "what each storage precision costs and saves"),
 }

@@ -436,6 +436,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(exact):
     class Lost:
         vocab_size = 61
         is_finished = False
+        shortest = (3,)
 
         def start(self):
             return self

@@ -25,15 +25,15 @@ from typing import Any, Literal
 import torch
 
 from longreach.engine.disk import DiskStore
-from longreach.engine.grammar import GrammarState
+from longreach.engine.guide import Guide
 from longreach.engine.memory import POLICIES, Memory, Place, Policy, SetAside, fingerprint_text
 from longreach.engine.request import Request, Status
 from longreach.engine.runner import Rows, Runner
 from longreach.engine.sampler import Sampled, Sampler, SampleRow, TokenCounts
-from longreach.engine.sampling import FinishReason, SamplingParams
+from longreach.engine.sampling import FinishReason, SamplingParams, without_penalties
 from longreach.engine.scheduler import Hooks, Plan, Scheduler
 from longreach.engine.speculative import MTPDrafter, PromptLookup
-from longreach.engine.stopping import TextStream
+from longreach.engine.stopping import TextStream, TokenReader
 from longreach.errors import RequestError
 from longreach.model.paged import page_nbytes, slot_nbytes
 from longreach.model.stores import PRECISIONS, Precision
@@ -129,13 +129,14 @@ class Output:
 
 @dataclass
 class Work:
-    """What the engine keeps with a request."""
+    """What the engine keeps with a request. `plain`: its parameters before `after` has come, without penalties."""
 
     place: Place | None = None
     aside: SetAside | None = None
-    stream: TextStream | None = None
+    stream: TokenReader | None = None
     counts: TokenCounts | None = None
-    grammar: GrammarState | None = None
+    guide: Guide | None = None
+    plain: SamplingParams | None = None
     streams: torch.Tensor | None = None
     dropped: int = 0
     lookup: Any = None
@@ -248,6 +249,7 @@ class Engine:
         priority: int = 0,
         deadline_s: float | None = None,
         request_id: str | None = None,
+        stream: TokenReader | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -257,6 +259,7 @@ class Engine:
             user: for fairness; tenant: whose cache may be used. Tenants share no entry.
             priority: higher goes first.
             deadline_s: seconds from now after which it ends with what it has.
+            stream: reads the tokens in place of a `TextStream`, in the thread that steps: stop strings are its affair then.
 
         Raises:
             RequestError: an empty prompt, a token outside the vocabulary, a prompt beyond the context or the memory, wrong
@@ -270,6 +273,7 @@ class Engine:
         params.check(self.vocab_size)
         tokens = self._tokens(prompt)
         limit = self._limit(len(tokens), params.max_tokens)
+        guide = self._new_guide(params, limit - len(tokens))
         _check_names(user=user, tenant=tenant)
         for name, number in (("priority", priority), ("deadline_s", 1 if deadline_s is None else deadline_s)):
             if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):
@@ -289,12 +293,15 @@ class Engine:
                 deadline=now + deadline_s if deadline_s is not None else None,
             )  # fmt: skip
             request.work = Work()
-            if self.tokenizer is not None:
+            if stream is not None:
+                request.work.stream = stream
+            elif self.tokenizer is not None:
                 request.work.stream = TextStream(self.tokenizer, params)
             if params.needs_history:
                 request.work.counts = TokenCounts(tokens)
-            if params.grammar is not None:
-                request.work.grammar = params.grammar.start()
+                if params.after is not None:
+                    request.work.plain = without_penalties(params)
+            request.work.guide = guide
             self.requests[name] = request
             self._incoming.append(request)
         return request
@@ -329,6 +336,18 @@ class Engine:
                 "shorten the prompt or raise memory_gib"
             )
         return min(count + max_tokens, context, capacity)
+
+    def _new_guide(self, params: SamplingParams, room: int) -> Guide | None:
+        if params.grammar is None and (params.after is None or not params.needs_history):
+            return None
+        guide = Guide(params, self.sampler.eos_ids, self.vocab_size)
+        if guide.needed > room:
+            raise RequestError(
+                f"the shortest text of the grammar takes {guide.needed} tokens, the mark that ends thinking and the end mark "
+                f"included where there are such, but max_tokens {params.max_tokens} and the context leave {room}; allow at "
+                f"least {guide.needed}"
+            )
+        return guide
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step with what it has; one that is unknown or over is left alone."""
@@ -403,7 +422,8 @@ class Engine:
             return outputs
         answers, at = self.sampler.sample(torch.cat([logits for _, logits in asking]), questions), 0
         for request, logits in asking:
-            outputs.append(self._accept(request, answers[at : at + len(logits)]))
+            here = slice(at, at + len(logits))
+            outputs.append(self._accept(request, answers[here], questions[here], logits))
             at += len(logits)
         going = [request for request, _ in asking if request.status is Status.RUNNING]
         if self.drafter is not None and going:
@@ -418,34 +438,42 @@ class Engine:
     def _questions(self, request: Request) -> list[SampleRow]:
         """What to draw: the next token, and after each draft the one behind it as if the draft were right."""
         work: Work = request.work
-        rows, followed = [], 0
+        rows, guide = [], work.guide
+        followed = counted = 0
         for i in range(1 + len(request.drafts)):
             # A draft the grammar forbids cannot be drawn, so what is asked behind it no longer matters.
-            mask = work.grammar.mask() if work.grammar is not None and followed == i else None
+            mask = guide.mask() if guide is not None and followed == i else None
             counts = work.counts.copy() if work.counts is not None and request.drafts else work.counts
-            rows.append(SampleRow(request.params, request.seed, request.num_generated + i, counts, mask))
+            waits = guide is not None and guide.is_waiting
+            params = work.plain if waits and work.plain is not None else request.params
+            rows.append(SampleRow(params, request.seed, request.num_generated + i, counts, mask))
             if i < len(request.drafts):
-                if work.counts is not None:
+                if work.counts is not None and not waits:
                     work.counts.append(request.drafts[i])
-                if work.grammar is not None and followed == i:
-                    followed += work.grammar.advance(request.drafts[i])
+                    counted += 1
+                if guide is not None and followed == i:
+                    followed += guide.advance(request.drafts[i])
         if work.counts is not None:
-            work.counts.pop(len(request.drafts))
-        if work.grammar is not None and followed:
-            work.grammar.rollback(followed)
+            work.counts.pop(counted)
+        if guide is not None and followed:
+            guide.rollback(followed)
         return rows
 
-    def _accept(self, request: Request, answers: Sequence[Sampled]) -> Output:
+    def _accept(
+        self, request: Request, answers: Sequence[Sampled], questions: Sequence[SampleRow], logits: torch.Tensor
+    ) -> Output:
         """Take the drawn tokens as far as the drafts before them were right."""
         work: Work = request.work
         drafts, request.drafts = request.drafts, []
         taken: list[Sampled] = []
         text, reason = "", None
-        for i, answer in enumerate(answers):
+        for i, first in enumerate(answers):
+            waits = work.guide is not None and work.guide.is_waiting
+            answer = self._settled(request, first, questions[i], logits[i : i + 1])
             if answer.error is not None:
                 return self._fail(request, answer.error, tuple(taken), text)
             taken.append(answer)
-            text_more, reason = self._append(request, answer)
+            text_more, reason = self._append(request, answer, is_counted=not waits)
             text += text_more
             if reason is not None or i == len(drafts) or drafts[i] != answer.token_id:
                 break
@@ -463,25 +491,32 @@ class Engine:
         self.memory.after(request, is_end=False)
         return Output(request, tuple(taken), text)
 
-    def _append(self, request: Request, answer: Sampled) -> tuple[str, FinishReason | None]:
+    def _settled(self, request: Request, answer: Sampled, question: SampleRow, logits: torch.Tensor) -> Sampled:
+        """The drawn token, or the one drawn instead of it where it would leave no room to complete the grammar's text."""
+        guide: Guide | None = request.work.guide
+        room = request.limit - len(request.tokens) - 1
+        while guide is not None and answer.error is None and not guide.take(answer.token_id, room):
+            question = question._replace(mask=guide.narrow(question.mask))
+            [answer] = self.sampler.sample(logits, [question])
+        return answer
+
+    def _append(self, request: Request, answer: Sampled, is_counted: bool) -> tuple[str, FinishReason | None]:
         """One more token: returns the text it makes certain, and why the request ends, if it does."""
         work: Work = request.work
         token = answer.token_id
         request.tokens.append(token)
         if request.params.logprobs is not None:
             work.logprobs.append(answer)
-        if work.counts is not None:
+        if work.counts is not None and is_counted:
             work.counts.append(token)
-        if work.grammar is not None:
-            work.grammar.advance(token)
         text, reason = "", None
         if work.stream is not None:
             text = work.stream.push(token)
             reason, request.stop_reason = work.stream.finish_reason, work.stream.stop_reason
         elif token in request.params.stop_token_ids and request.num_generated >= request.params.min_tokens:
             reason, request.stop_reason = FinishReason.STOP, token
-        if reason is None and work.grammar is not None and work.grammar.is_finished:
-            reason = FinishReason.STOP
+        if reason in (None, FinishReason.LENGTH) and work.guide is not None and work.guide.is_finished:
+            reason = FinishReason.STOP  # the last token there was room for has completed the text
         if reason is None and len(request.tokens) >= request.limit:
             reason = FinishReason.LENGTH
         return text, reason

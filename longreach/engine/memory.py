@@ -240,6 +240,10 @@ class Memory:
             raise OutOfPages(f"all {self.pages.count} pages are in use by requests")
         return self.pages.take()
 
+    def known(self, tenant: str, tokens: Sequence[int]) -> int:
+        """Tokens at the beginning of a text whose pages are in memory. Any thread may ask; nothing counts as used."""
+        return self.index.known(tenant, tokens)
+
     # ---- finding a beginning ----------------------------------------------------------------------------------------
 
     def _find(self, request: Request) -> _Found:

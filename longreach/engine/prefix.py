@@ -146,6 +146,17 @@ class PrefixIndex:
             self._held.move_to_end(best.held)
         return best
 
+    def known(self, tenant: str, tokens: Sequence[int]) -> int:
+        """Tokens of a text's known blocks. Only looks, one dictionary entry at a time, so any thread may call it."""
+        node, size = self.roots.get(tenant), self.block
+        while node is not None:
+            start = node.depth * size
+            child = node.children.get(tuple(tokens[start : start + size]))
+            if child is None:
+                return start
+            node = child
+        return 0
+
     def touch(self, node: Node) -> None:
         """Count as a use of the node and all before it."""
         for each in reversed(node.path()):

@@ -20,6 +20,8 @@ A row of logits is processed in this order; each step sees what the one before l
     8. top_p                          the likeliest that together reach top_p of what step 7 left
     9. min_p                          those with min_p of the likeliest one's probability
 
+With `SamplingParams.after`, steps 4 and 5 wait for that token and count only the output behind it, and the mask of step 2 is
+that of `longreach.engine.guide`.
 Where a step must choose among equals, the lower id comes first. The likeliest token survives steps 7 to 9.
 Log-probabilities are those of the model: log-softmax of the float32 logits before step 1, as OpenAI and vLLM report them.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,11 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Add to the logit of a token: -100 all but forbids it, 100 all but forces it."""
     grammar: Grammar | None = None
-    """Only texts this grammar allows; made by `longreach.engine.grammar.compile_grammar`."""
+    """Only texts this grammar allows; made by `longreach.engine.grammar.compile_grammar`. The text is always complete within
+    `max_tokens` and the context; a request that leaves too few tokens for the shortest one is refused."""
+    after: int | None = None
+    """A token, such as the end of thinking, before which neither the grammar nor a penalty acts. With a grammar this token
+    comes in time for the text behind it, and the end mark not before it. Penalties count no output before it, nor itself."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -123,6 +127,12 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _token("logit_bias", token_id, vocab_size)
             _number(f"logit_bias of token {token_id}", bias, -100, 100, fix="0 changes nothing")
+        if self.after is not None:
+            _token("after", self.after, vocab_size)
+            if self.after in self.stop_token_ids:
+                raise RequestError(
+                    f"after names token {self.after}, which is a stop token; take it from stop_token_ids"
+                )
         if self.grammar is not None:
             if not hasattr(self.grammar, "start"):
                 raise RequestError(
@@ -138,6 +148,11 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether drawing a token looks at those before it, so that the engine must keep a `TokenCounts`."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+def without_penalties(params: SamplingParams) -> SamplingParams:
+    """The same, drawn from without a look at the tokens before."""
+    return replace(params, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0)
 
 
 # ---- checks: the value, what is allowed, what to do ------------------------------------------------------------------

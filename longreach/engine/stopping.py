@@ -12,9 +12,26 @@ That depends on the text alone, never on how it was cut into tokens.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from longreach.engine.sampling import FinishReason, SamplingParams
 from longreach.tokenizer.bpe import Tokenizer
 from longreach.tokenizer.stream import StreamDecoder
+
+
+class TokenReader(Protocol):
+    """Whoever reads a request's tokens and may end it: `TextStream`, or a server's parser of chat answers."""
+
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+
+    def push(self, token_id: int) -> str:
+        """Read a token; returns text for `Output.text`. `finish_reason` set afterwards ends the request."""
+        ...
+
+    def finish(self, reason: FinishReason | None = None) -> str:
+        """Nothing more will come; called once or more often."""
+        ...
 
 
 class TextStream:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from longreach.chat import Conversation, LiveText
+from longreach.terminal import Conversation, LiveText
 from longreach.checkpoint.save import save_model
 from longreach.engine.engine import Engine
 from longreach.engine.sampler import Sampled, Sampler
@@ -455,7 +455,7 @@ class Terminal:
 
 @pytest.fixture
 def _redraw_always(monkeypatch):
-    monkeypatch.setattr("longreach.chat.REDRAW_S", 0)
+    monkeypatch.setattr("longreach.terminal.REDRAW_S", 0)
     monkeypatch.setattr(LiveText, "_width", lambda self: 12)
     monkeypatch.setattr(sys, "stderr", Terminal(12, 8))  # dim only where stderr is a terminal
     monkeypatch.setenv("TERM", "xterm")

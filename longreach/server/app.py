@@ -1,0 +1,373 @@
+"""The HTTP side: every route, and which dialect it speaks. What a request does is in `service.py`.
+
+    app = make_app(service, AppOptions())          an ASGI app; `longreach serve` gives it to uvicorn
+
+The OpenAI-like paths exist with and without `/v1` and `/beta`, the Anthropic ones with and without `/anthropic`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from longreach import __version__
+from longreach.runtime import log
+from longreach.server import documentation
+from longreach.server.anthropic import ANTHROPIC, count_body, hosted_model
+from longreach.server.call import ApiError, Call, Dialect
+from longreach.server.guard import Guard
+from longreach.server.keys import Key
+from longreach.server.metrics import ProcessLoad
+from longreach.server.models import LocalModel, Model
+from longreach.server.openai import OPENAI_CHAT, OPENAI_COMPLETIONS, model_body
+from longreach.server.replies import JsonReply, StreamReply, WholeReply, error_reply
+from longreach.server.responses import RESPONSES
+from longreach.server.service import AUTO, Service
+
+OPENAI_PREFIXES = ("", "/v1", "/beta", "/beta/v1")
+ANTHROPIC_PREFIXES = ("", "/v1", "/anthropic", "/anthropic/v1")
+
+PAGE_POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
+"""The page loads nothing from anywhere else and runs no script but its own files. Charts set styles on their elements."""
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """How the server meets the network.
+
+    Attributes:
+        origins: browsers' origins that may call besides the server's own page.
+        is_loopback: it listens on the loopback interface alone.
+    """
+
+    origins: tuple[str, ...] = ()
+    is_loopback: bool = True
+    max_body_bytes: int = 16 << 20
+
+
+def make_app(service: Service, options: AppOptions | None = None) -> Guard:
+    """The whole app. Starting it starts the engines, stopping it finishes them."""
+    options = options or AppOptions()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        for model in service.catalogue.models:
+            if isinstance(model, LocalModel):
+                model.loop.start(loop)
+        yield
+        service.is_draining = True
+        await service.drain()
+        await stop_models(service)
+
+    app = FastAPI(
+        title="Longreach", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
+        lifespan=lifespan, description="DeepSeek-V4's API on your own model.",
+    )  # fmt: skip
+    routes = Routes(service, options)
+    routes.add_to(app)
+    app.add_exception_handler(ApiError, routes.refuse)
+    app.add_exception_handler(HTTPException, routes.refuse_path)
+    app.add_exception_handler(Exception, routes.fail)
+    return Guard(
+        app, origins=options.origins, is_loopback=options.is_loopback, max_body_bytes=options.max_body_bytes
+    )
+
+
+async def stop_models(service: Service) -> None:
+    """End what runs, keeping its state in the caches, and write them to disk."""
+    for model in service.catalogue.models:
+        if isinstance(model, LocalModel):
+            await asyncio.to_thread(model.loop.stop)
+        else:
+            await model.close()
+
+
+Reader = Callable[[Mapping[str, Any], Any], Call]
+
+
+class Routes:
+    """The handlers."""
+
+    def __init__(self, service: Service, options: AppOptions) -> None:
+        self.service, self.options = service, options
+        self.load = ProcessLoad(self._engines)
+
+    def _engines(self) -> dict[int | None, float]:
+        loops = [model.loop for model in self.service.catalogue.models if isinstance(model, LocalModel)]
+        return {loop.thread.ident: loop.outside_s for loop in loops}
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register every path. The first prefix of each is in /openapi.json, the others are the same thing."""
+        openai: list[tuple[str, str, Callable[..., Awaitable[Response]], dict[str, Any]]] = [
+            ("POST", "/chat/completions", self._answering(OPENAI_CHAT, "chat"), documentation.CHAT),
+            ("POST", "/completions", self._answering(OPENAI_COMPLETIONS, "completions"), documentation.COMPLETIONS),
+            ("POST", "/responses", self._answering(RESPONSES, "responses"), documentation.RESPONSES),
+            ("GET", "/models", self.models, documentation.MODELS),
+            ("GET", "/models/{name:path}", self.model, documentation.MODEL),
+            ("GET", "/user/balance", self.balance, documentation.BALANCE),
+            ("GET", "/prices", self.prices, documentation.PRICES),
+        ]
+        anthropic = [
+            ("POST", "/messages", self._answering(ANTHROPIC, "anthropic"), documentation.MESSAGES),
+            ("POST", "/messages/count_tokens", self.count_tokens, documentation.COUNT_TOKENS),
+        ]
+        plain = [
+            ("POST", "/tokenize", self.tokenize, documentation.TOKENIZE),
+            ("POST", "/detokenize", self.detokenize, documentation.DETOKENIZE),
+            ("POST", "/apply-template", self.apply_template, documentation.APPLY_TEMPLATE),
+            ("GET", "/health", self.health, documentation.HEALTH),
+            ("GET", "/ready", self.ready, documentation.READY),
+            ("GET", "/metrics", self.metrics, documentation.METRICS),
+            ("GET", "/version", self.version, documentation.VERSION),
+            ("GET", "/status", self.status, documentation.STATUS),
+        ]
+        for prefixes, group in ((OPENAI_PREFIXES, openai), (ANTHROPIC_PREFIXES, anthropic), (("",), plain)):
+            # The documented spelling is the one that clients are told to use.
+            documented = "/v1" if "/v1" in prefixes else ""
+            for prefix in prefixes:
+                for method, path, handler, about in group:
+                    app.add_api_route(
+                        prefix + path, handler, methods=[method], include_in_schema=prefix == documented,
+                        response_model=None, openapi_extra=about, operation_id=f"{method} {prefix}{path}",
+                    )  # fmt: skip
+        page = Path(str(files("longreach.server").joinpath("web")))
+        app.add_api_route("/", _Page(page / "index.html"), methods=["GET"], include_in_schema=False)
+        app.mount("/web", StaticFiles(directory=page), name="web")
+
+    # ---- answers ----------------------------------------------------------------------------------------------------
+
+    def _answering(self, dialect: Dialect, name: str) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            service = self.service
+            try:
+                key = service.authenticate(request.headers)
+                call = self._read(dialect, await self._body(request))
+                exchange = await service.open(key, call, dialect, name)
+            except ApiError as error:
+                return error_reply(error, dialect)
+            return StreamReply(exchange) if call.stream else WholeReply(exchange)
+
+        return answer
+
+    def _read(self, dialect: Dialect, body: Any) -> Call:
+        call = dialect.read(body, self.service.options.rules)
+        if dialect is ANTHROPIC:
+            return self._named(call)
+        return call
+
+    def _named(self, call: Call) -> Call:
+        """A Claude name that is none of ours stands for one of DeepSeek's, as on the hosted service."""
+        return call if self.service.catalogue.find(call.model) else replace(call, model=hosted_model(call.model))
+
+    async def _body(self, request: Request) -> Any:
+        """The JSON body.
+
+        Raises:
+            ApiError: too long, or not JSON.
+        """
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > self.options.max_body_bytes:
+                limit = self.options.max_body_bytes
+                raise ApiError(413, f"The body is longer than {limit} bytes, the most that is accepted.")
+        status = 422 if self.service.options.rules.hosted else 400
+        prefix = "Failed to deserialize the JSON body into the target type: " if status == 422 else ""
+        try:
+            # A long body takes milliseconds to read, in which nobody else would be served.
+            if len(content) > 1 << 18:
+                body = await asyncio.to_thread(orjson.loads, bytes(content))
+            else:
+                body = orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            what = f"{error.msg}: line {error.lineno} column {error.colno}"
+            raise ApiError(status, f"{prefix}the body is not JSON ({what})") from None
+        if not isinstance(body, dict):
+            raise ApiError(status, f"{prefix}the body must be a JSON object") from None
+        return body
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Anthropic's count of a prompt's tokens."""
+        try:
+            key = self.service.authenticate(request.headers)
+            call = self._read(ANTHROPIC, await self._body(request))
+            return JsonReply(count_body(await self.service.find(call.model, key).count_tokens(call)))
+        except ApiError as error:
+            return error_reply(error, ANTHROPIC)
+
+    # ---- models, money ----------------------------------------------------------------------------------------------
+
+    async def models(self, request: Request) -> Response:
+        key = self.service.authenticate(request.headers)
+        data = [self._model_entry(name) for name in self.service.names_for(key)]
+        return JsonReply({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        key, name = self.service.authenticate(request.headers), request.path_params["name"]
+        if name not in self.service.names_for(key):
+            raise ApiError(404, f"The model {_short(name)} does not exist.", code="model_not_found", param="model")
+        return JsonReply(self._model_entry(name))
+
+    def _model_entry(self, name: str) -> dict[str, Any]:
+        catalogue = self.service.catalogue
+        entry = model_body(name, int(time.time() - (time.monotonic() - self.service.started)))
+        model = catalogue.find(name)
+        if name == AUTO and model is None:
+            choices = [catalogue.small.name, catalogue.large.name]
+            return entry | {"longreach": {"kind": "router", "models": choices, "context": catalogue.large.context}}
+        assert model is not None
+        about = model.describe()
+        about |= {"name": model.name, "aliases": catalogue.aliases_of(model) if name == model.name else []}
+        return entry | {"longreach": about}
+
+    async def balance(self, request: Request) -> Response:
+        key = self.service.authenticate(request.headers)
+        balance = await asyncio.to_thread(self.service.ledger.balance, key)
+        return JsonReply(balance.body())
+
+    async def prices(self, request: Request) -> Response:
+        """What a million tokens cost at this moment, by name."""
+        key = self.service.authenticate(request.headers)
+        service, listed = self.service, {}
+        for name in service.names_for(key):
+            model = service.catalogue.find(name)
+            if model is not None and (price := service.price_of(model)) is not None:
+                listed[name] = {"hit": str(price.hit), "miss": str(price.miss), "output": str(price.output)}
+        currency = service.prices.currency if service.prices is not None else service.ledger.database.currency
+        return JsonReply({"currency": currency, "models": listed})
+
+    # ---- text and tokens --------------------------------------------------------------------------------------------
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of `content` (text, never special tokens), or of a chat's prompt with `messages`."""
+        key, body = self.service.authenticate(request.headers), await self._body(request)
+        model = self._local(body, key)
+        if "messages" in body:
+            call = OPENAI_CHAT.read(body, self.service.options.rules)
+            ids = await model.encode(call)
+        else:
+            text = body.get("content", body.get("prompt"))
+            if not isinstance(text, str):
+                raise ApiError(400, "content must be a text; or give messages.", param="content")
+            ids = await asyncio.to_thread(_encode, model, text)
+        pieces = [model.tokenizer.token_bytes[i].decode("utf-8", "replace") for i in ids] if body.get("with_pieces") else None
+        more = {"pieces": pieces} if pieces is not None else {}
+        return JsonReply({"tokens": ids, "count": len(ids), "max_model_len": model.context} | more)
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of `tokens`, special tokens spelled out."""
+        key, body = self.service.authenticate(request.headers), await self._body(request)
+        model, tokens = self._local(body, key), body.get("tokens")
+        size = model.tokenizer.vocab_size
+        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < size for t in tokens):
+            raise ApiError(400, f"tokens must be a list of token ids from 0 to {size - 1}.", param="tokens")
+        text = await asyncio.to_thread(model.tokenizer.decode, tokens)
+        return JsonReply({"content": text, "prompt": text})
+
+    async def apply_template(self, request: Request) -> Response:
+        """The prompt of a chat request, as text and as token ids."""
+        key, body = self.service.authenticate(request.headers), await self._body(request)
+        call = OPENAI_CHAT.read(body, self.service.options.rules)
+        model = self._local(body, key)
+        prompt = await asyncio.to_thread(model.render, call)
+        return JsonReply({"prompt": prompt.text, "tokens": await model.encode(call)})
+
+    def _local(self, body: Mapping[str, Any], key: Key) -> LocalModel:
+        """The model of a body; without a name the first one."""
+        name = body.get("model", self.service.catalogue.small.name)
+        if not isinstance(name, str):
+            raise ApiError(400, "model must be a text.", param="model")
+        model: Model = self.service.find(name, key)
+        if not isinstance(model, LocalModel):
+            raise ApiError(400, f"{_short(name)} is served upstream; its tokens are not known here.", param="model")
+        return model
+
+    # ---- about the server -------------------------------------------------------------------------------------------
+
+    async def health(self) -> Response:
+        """200 while the process works."""
+        failed = [s["id"] for s in self.service.model_status() if s.get("failed")]
+        return JsonReply({"status": "ok"} if not failed else {"status": "failed", "models": failed}, 500 if failed else 200)
+
+    async def ready(self) -> Response:
+        """200 while new requests are taken."""
+        is_ready = not self.service.is_draining and not any(s.get("failed") for s in self.service.model_status())
+        return JsonReply({"status": "ready" if is_ready else "stopping"}, 200 if is_ready else 503)
+
+    async def version(self) -> Response:
+        return JsonReply({"version": __version__})
+
+    async def metrics(self, request: Request) -> Response:
+        self.service.authenticate(request.headers)
+        return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def status(self, request: Request) -> Response:
+        """What the page shows, once a second."""
+        self.service.authenticate(request.headers)
+        return JsonReply({
+            "version": __version__, "uptime_s": round(time.monotonic() - self.service.started, 1),
+            "models": self.service.model_status(), "process": self.load.measure(),
+        })  # fmt: skip
+
+    # ---- refusals ---------------------------------------------------------------------------------------------------
+
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error_reply(error, _dialect_of(request))
+
+    async def refuse_path(self, request: Request, error: Exception) -> Response:
+        """An unknown path or a wrong method."""
+        assert isinstance(error, HTTPException)
+        if error.status_code == 404:
+            message = f"There is nothing at {request.method} {_short(request.url.path)}."
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed at {_short(request.url.path)}."
+        else:
+            message = str(error.detail)
+        return error_reply(ApiError(error.status_code, message, code="not_found"), _dialect_of(request), error.headers)
+
+    async def fail(self, request: Request, error: Exception) -> Response:
+        """A bug of ours: the log has it, the client learns nothing of it."""
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        hidden = ApiError(500, "The server failed to answer this request.", type="server_error", code="server_error")
+        return error_reply(hidden, _dialect_of(request))
+
+
+class _Page:
+    """The page itself, never cached, with its policy."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    async def __call__(self) -> Response:
+        return FileResponse(self.path, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+
+
+def _dialect_of(request: Request) -> Dialect:
+    return ANTHROPIC if "/messages" in request.url.path else OPENAI_CHAT
+
+
+def _encode(model: LocalModel, text: str) -> list[int]:
+    from longreach.errors import RequestError
+
+    try:
+        return model.tokenizer.encode(text)
+    except RequestError as error:
+        raise ApiError(400, str(error)) from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:97] + "..."

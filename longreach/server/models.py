@@ -1,0 +1,442 @@
+"""The models a server holds, behind one small protocol: in this process, or upstream on another engine.
+
+    model = LocalModel("small", llm_engine, ...)
+    reply = await model.open(call, tenant="key/user")
+    head = await reply.start()                     once inference has begun
+    async for events in reply: ...                 until each choice has its `Finish`
+    reply.usage                                    then
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from longreach import __version__
+from longreach.chat.messages import AnswerFormat, Conversation
+from longreach.chat.parser import AnswerParser
+from longreach.chat.renderer import EffortTexts, Layout, Prompt, fim, render
+from longreach.engine.engine import Engine
+from longreach.engine.memory import fingerprint_text
+from longreach.engine.sampling import SamplingParams
+from longreach.errors import RequestError
+from longreach.native import status as native_status
+from longreach.server.call import ApiError, Call, Event, FillIn, Finish, Head, Usage
+from longreach.server.engine_loop import EngineLoop, Mailbox, Ticket
+from longreach.server.reader import ChatReader, Reader, TextReader
+from longreach.server.tool_grammar import answer_grammar
+from longreach.tokenizer.special import THINK_END
+
+DEFAULT_TOKENS = {"plain": 8192, "thinking": 65536, "max": 131072}
+"""Output tokens where a request names none, as the hosted API has them; cut to the context left."""
+
+AT_ONCE = 16_000
+"""Characters up to which a prompt is rendered and encoded in the event loop; a longer one goes to a thread."""
+
+
+class Reply(Protocol):
+    """An answer under way.
+
+    Attributes:
+        head: known once `start` has returned.
+        began: when it was opened, on the monotonic clock.
+    """
+
+    head: Head | None
+    began: float
+
+    async def start(self, timeout_s: float | None = None) -> Head | None:
+        """Wait until inference has begun; None where that takes longer.
+
+        Raises:
+            ApiError: it will not begin.
+        """
+        ...
+
+    async def next(self, timeout_s: float | None = None) -> list[Event]:
+        """The next events; none where they take longer.
+
+        Raises:
+            ApiError: the answer failed.
+        """
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every choice has its `Finish`."""
+        ...
+
+    @property
+    def usage(self) -> Usage:
+        """As far as it is known; complete when over."""
+        ...
+
+    @property
+    def first_token_s(self) -> float | None: ...
+
+    async def cancel(self) -> None:
+        """Nobody waits any more. Harmless when over."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call, ready to run.
+
+    Attributes:
+        prompt: token ids; empty where another engine encodes.
+        prompt_tokens: how many; estimated where another engine counts.
+        max_tokens: of each answer. params: for the engine here.
+    """
+
+    call: Call
+    prompt_tokens: int
+    max_tokens: int
+    prompt: list[int] = field(default_factory=list)
+    params: SamplingParams | None = None
+
+
+class Model(Protocol):
+    """Something that answers calls under a name."""
+
+    name: str
+    kind: str
+    context: int
+
+    async def prepare(self, call: Call) -> Prepared:
+        """Read a call, without running anything.
+
+        Raises:
+            ApiError: it cannot be served.
+        """
+        ...
+
+    async def open(self, prepared: Prepared, tenant: str) -> Reply:
+        """Run what was prepared.
+
+        Raises:
+            ApiError: it cannot be served now.
+        """
+        ...
+
+    async def count_tokens(self, call: Call) -> int:
+        """Tokens of the prompt that `call` would have; estimated where another engine counts."""
+        ...
+
+    def known(self, prepared: Prepared, tenant: str) -> int:
+        """Prompt tokens that a cache holds already, as far as can be told without running."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """For the list of models."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Load and cache, for the page and the metrics."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChatSetup:
+    """How conversations are laid out for a model.
+
+    Attributes:
+        texts: whose effort paragraphs the weights were trained with.
+    """
+
+    texts: EffortTexts = "0731"
+    layout: Layout = "encoder"
+    is_trained: bool = False
+    """Whether the model has learned to chat. A model that has not continues the text of the conversation."""
+
+
+class LocalModel:
+    """A model in this process.
+
+    Attributes:
+        loop: the engine and its thread.
+    """
+
+    kind = "local"
+
+    def __init__(self, name: str, engine: Engine, setup: ChatSetup, *, hosted: bool = False) -> None:
+        assert engine.tokenizer is not None
+        self.name, self.engine, self.setup, self.hosted = name, engine, setup, hosted
+        self.tokenizer = engine.tokenizer
+        self.loop = EngineLoop(engine, name)
+        self.context = min(engine.model.config.max_position_embeddings, engine.memory.capacity)
+        fingerprint = fingerprint_text(engine.model, engine.precision, native_status()) + __version__
+        self.fingerprint = "fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
+        self.rate = _Rate(self.loop)
+
+    # ---- a call -----------------------------------------------------------------------------------------------------
+
+    async def prepare(self, call: Call) -> Prepared:
+        prompt = await self.encode(call)
+        limit = self._limit(call, len(prompt))
+        return Prepared(call, len(prompt), limit, prompt, await self._params(call, limit))
+
+    async def open(self, prepared: Prepared, tenant: str) -> LocalReply:
+        call, params = prepared.call, prepared.params
+        assert params is not None
+        reply = LocalReply(self, call)
+        try:
+            for choice in range(call.n):
+                one = params
+                if call.n > 1 and params.seed is not None:
+                    one = replace(params, seed=(params.seed + choice) % 2**63)
+                reader = self._reader(call, one, choice)
+                reply.tickets.append(
+                    self.loop.submit(prepared.prompt, one, reader, reply.mailbox, tenant=tenant, choice=choice)
+                )
+        except RequestError as error:
+            await reply.cancel()
+            raise ApiError(400, str(error)) from None
+        if self.loop.failed is not None:
+            await reply.cancel()
+            raise ApiError(
+                503, "The model stopped working; restart the server.", type="server_error", code="server_error"
+            )
+        return reply
+
+    def known(self, prepared: Prepared, tenant: str) -> int:
+        return self.engine.memory.known(tenant, prepared.prompt)
+
+    def render(self, call: Call) -> Prompt:
+        """The prompt of a call.
+
+        Raises:
+            ApiError: the conversation cannot be laid out.
+        """
+        try:
+            if isinstance(call.input, FillIn):
+                return fim(call.input.prompt, call.input.suffix)
+            return render(call.input, texts=self.setup.texts, layout=self.setup.layout)
+        except RequestError as error:
+            raise ApiError(400, str(error)) from None
+
+    async def count_tokens(self, call: Call) -> int:
+        return len(await self.encode(call))
+
+    async def encode(self, call: Call) -> list[int]:
+        """The token ids of a call's prompt.
+
+        Raises:
+            ApiError: it cannot be laid out.
+        """
+        if _size(call) <= AT_ONCE:
+            return self._encode_now(call)
+        return await asyncio.to_thread(self._encode_now, call)
+
+    def _encode_now(self, call: Call) -> list[int]:
+        try:
+            return self.render(call).encode(self.tokenizer)
+        except RequestError as error:
+            raise ApiError(400, str(error)) from None
+
+    def _limit(self, call: Call, prompt_tokens: int) -> int:
+        """Tokens the answer may have."""
+        left = self.context - prompt_tokens
+        if call.max_tokens is None:
+            wanted = min(DEFAULT_TOKENS[_mode(call)], max(left, 1))
+        elif self.hosted:
+            wanted = call.max_tokens
+        else:
+            wanted = min(call.max_tokens, max(left, 1))
+        if wanted > left:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self.context} tokens. However, you requested "
+                f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the messages, {wanted} in the completion). "
+                "Please reduce the length of the messages or completion.",
+            )
+        return wanted
+
+    async def _params(self, call: Call, max_tokens: int) -> SamplingParams:
+        try:
+            grammar = await asyncio.to_thread(self._grammar, call) if _is_constrained(call) else None
+            params = SamplingParams(
+                max_tokens=max_tokens, temperature=call.temperature, top_p=call.top_p, top_k=call.top_k, min_p=call.min_p,
+                frequency_penalty=call.frequency_penalty, presence_penalty=call.presence_penalty,
+                repetition_penalty=call.repetition_penalty, seed=call.seed, logprobs=call.logprobs,
+                stop=call.stop if isinstance(call.input, FillIn) else (), logit_bias=dict(call.logit_bias),
+                grammar=grammar, after=self._think_end(call),
+            )  # fmt: skip
+            params.check(self.engine.vocab_size)
+        except RequestError as error:
+            raise ApiError(400, str(error)) from None
+        return params
+
+    def _think_end(self, call: Call) -> int | None:
+        return self.tokenizer.special_id(THINK_END) if call.thinking else None
+
+    def _grammar(self, call: Call):
+        assert isinstance(call.input, Conversation)
+        return answer_grammar(
+            self.tokenizer, call.input.answer_format, call.input.tools, choice=call.tool_choice, name=call.tool_name,
+            parallel=call.parallel_tool_calls, is_open=call.input.must_call and not call.thinking, hosted=self.hosted,
+        )  # fmt: skip
+
+    def _reader(self, call: Call, params: SamplingParams, choice: int) -> Reader:
+        if isinstance(call.input, FillIn):
+            return TextReader(self.tokenizer, params, choice)
+        parser = AnswerParser(
+            self.tokenizer, thinking=call.input.thinking, tools=call.input.tools,
+            must_call=call.input.must_call and not call.input.thinking, stop=call.stop,
+        )  # fmt: skip
+        return ChatReader(parser, choice)
+
+    # ---- about it ---------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        parameters = sum(p.numel() for p in self.engine.model.parameters())
+        return {
+            "kind": self.kind, "context": self.context, "parameters": parameters, "thinking": True,
+            "chat_trained": self.setup.is_trained,
+        }  # fmt: skip
+
+    def status(self) -> dict[str, Any]:
+        memory, scheduler, o = self.engine.memory, self.engine.scheduler, self.engine.options
+        pages = memory.pages.count - memory.pages.free_count
+        slots = memory.slots.count - memory.slots.free_count
+        arena, loop = memory.arena, self.loop
+        rates = self.rate.measure()
+        return {
+            "id": self.name,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "max_running": o.max_running,
+            "tokens_per_s": rates[0],
+            "prompt_tokens_per_s": rates[1],
+            "kv_cache_bytes": pages * arena.page_nbytes + slots * arena.slot_nbytes,
+            "kv_cache_capacity_bytes": arena.nbytes,
+            "v32_kv_cache_bytes": pages * memory.block * v32_token_nbytes(self.engine),
+            "cached_tokens_total": loop.hits,
+            "prompt_tokens_total": loop.prompt_tokens,
+            "generated_tokens_total": loop.tokens,
+            "hit_rate": loop.hits / loop.prompt_tokens if loop.prompt_tokens else 0.0,
+            "disk_cache_bytes": memory.disk.nbytes if memory.disk is not None else 0,
+            "engine_cpu_s": loop.cpu_s,
+            "failed": loop.failed is not None,
+        }
+
+
+def v32_token_nbytes(engine: Engine) -> float:
+    """What a token costs in the cache of a V3.2 of as many layers and this head width, in this engine's number format.
+
+    V3.2 keeps, in every layer and for every token, a latent of 512 with 64 rotated values and an indexer key of 128: 1.375
+    values for each of V4's head width of 512.
+    """
+    config = engine.model.config
+    # Kept as this engine keeps its entries: 4, 2, or 576 + 128 bytes and their scales in the released formats.
+    per_value = {"float32": 4.0, "bfloat16": 2.0, "released": 1.0}[engine.precision]
+    return config.num_hidden_layers * config.head_dim * (512 + 64 + 128) / 512 * per_value
+
+
+class _Rate:
+    """Tokens per second between two looks at the counters, at least a second apart."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+        self._then = (time.monotonic(), 0, 0)
+        self._last = (0.0, 0.0)
+
+    def measure(self) -> tuple[float, float]:
+        """Generated and read tokens per second."""
+        now, tokens, read = time.monotonic(), self._loop.tokens, self._loop.prompt_tokens
+        then = self._then
+        if now - then[0] >= 0.9:
+            self._last = ((tokens - then[1]) / (now - then[0]), (read - then[2]) / (now - then[0]))
+            self._then = (now, tokens, read)
+        return self._last
+
+
+@dataclass(eq=False)
+class LocalReply:
+    """The answer of a `LocalModel`: one ticket for each choice, one mailbox for all."""
+
+    model: LocalModel
+    call: Call
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    tickets: list[Ticket] = field(default_factory=list)
+    head: Head | None = None
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    created: int = field(default_factory=lambda: int(time.time()))
+    began: float = field(default_factory=time.monotonic)
+    _early: list[Event] = field(default_factory=list)
+    _finishes: dict[int, Finish] = field(default_factory=dict)
+
+    async def start(self, timeout_s: float | None = None) -> Head | None:
+        if self.head is None:
+            self._early += await self._take(timeout_s)
+            if not self._early:
+                return None
+            usage = self.usage
+            self.head = Head(
+                self.id, self.created, self.model.name, usage.prompt_tokens, usage.cached_tokens, self.model.fingerprint
+            )
+        return self.head
+
+    async def next(self, timeout_s: float | None = None) -> list[Event]:
+        if self._early:
+            events, self._early = self._early, []
+            return events
+        return await self._take(timeout_s)
+
+    async def _take(self, timeout_s: float | None) -> list[Event]:
+        events = await self.mailbox.get(timeout_s)
+        for event in events:
+            if type(event) is Finish:
+                self._finishes[event.choice] = event
+        return events
+
+    @property
+    def is_over(self) -> bool:
+        return len(self._finishes) == self.call.n and not self._early
+
+    @property
+    def usage(self) -> Usage:
+        requests = [ticket.request for ticket in self.tickets if ticket.request is not None]
+        if not requests:
+            return Usage()
+        done = self._finishes.values()
+        # The prompt counts once: the other choices find it in the cache.
+        first = requests[0]
+        generated = sum(request.num_generated for request in requests)
+        reasoning = sum(finish.reasoning_tokens for finish in done)
+        return Usage(first.num_prompt, min(first.cached, first.num_prompt), generated, reasoning)
+
+    @property
+    def first_token_s(self) -> float | None:
+        times = [ticket.first_token_s for ticket in self.tickets if ticket.first_token_s is not None]
+        return min(times) if times else None
+
+    async def cancel(self) -> None:
+        for ticket in self.tickets:
+            self.model.loop.cancel(ticket)
+
+
+def _size(call: Call) -> int:
+    if isinstance(call.input, FillIn):
+        return len(call.input.prompt) + len(call.input.suffix or "")
+    return sum(len(m.content) + len(m.reasoning or "") for m in call.input.messages)
+
+
+def _mode(call: Call) -> str:
+    if not call.thinking:
+        return "plain"
+    assert isinstance(call.input, Conversation)
+    return "max" if call.input.effort == "max" else "thinking"
+
+
+def _is_constrained(call: Call) -> bool:
+    if not isinstance(call.input, Conversation):
+        return False
+    form: AnswerFormat | None = call.input.answer_format
+    strict = any(tool.strict for tool in call.input.tools)
+    return form is not None or call.tool_choice in ("required", "named") or strict
+

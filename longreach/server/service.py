@@ -1,0 +1,396 @@
+"""A request's way through the server, without HTTP: who asks, which model, may they, run, account.
+
+    key = service.authenticate(headers)                      401
+    call = dialect.read(body, rules)                         400, 422
+    exchange = await service.open(key, call, dialect)        400, 402, 404, 429, 503
+    ... replies.StreamReply(exchange) or replies.WholeReply(exchange) ...
+
+Whatever happens to a request after `open`, `Exchange.close` is called for it once: it leaves the limits, the ledger gets its
+row, the metrics their counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from longreach.chat.messages import Conversation
+from longreach.runtime import log
+from longreach.server.call import ApiError, Call, Dialect, Head, Rules, Usage
+from longreach.server.database import LedgerError
+from longreach.server.keys import NO_KEY, Key, KeyStore
+from longreach.server.ledger import Ending, Ledger, Opening
+from longreach.server.limits import Admitted, Busy, RateLimiter
+from longreach.server.metrics import Metrics
+from longreach.server.models import LocalModel, Model, Prepared, Reply
+from longreach.server.prices import Price, PriceTable
+from longreach.server.routing import Choice, Router
+
+AUTO = "auto"
+RETIRED = {"deepseek-chat": False, "deepseek-reasoner": True}
+"""Names the hosted API has retired, and whether they think."""
+
+FLASH_NAMES = ("deepseek-v4-flash", "deepseek-flash", "deepseek-v4-flash-vision-exp")
+PRO_NAMES = ("deepseek-v4-pro",)
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What a server allows.
+
+    Attributes:
+        max_waiting: requests that may wait for a model; more are refused with 429.
+        retired_names: answer `deepseek-chat` and `deepseek-reasoner`.
+        log_prompts: write the text of requests into the log.
+    """
+
+    rules: Rules = Rules()
+    max_waiting: int = 256
+    retired_names: bool = False
+    log_prompts: bool = False
+
+
+class Catalogue:
+    """Names and models.
+
+    Args:
+        models: small before large where there are several; names are unique.
+        aliases: other names. Official names that none of them has go to the smallest (Flash) and the largest (Pro).
+        auto: whether `auto` chooses between the smallest and the largest.
+    """
+
+    def __init__(self, models: Sequence[Model], aliases: Mapping[str, str], auto: bool) -> None:
+        self.models = list(models)
+        self.by_name: dict[str, Model] = {model.name: model for model in models}
+        self.aliases: dict[str, str] = dict(aliases)
+        for names, model in ((FLASH_NAMES, self.small), (PRO_NAMES, self.large)):
+            for name in names:
+                if name not in self.by_name:
+                    self.aliases.setdefault(name, model.name)
+        self.has_auto = auto and len(self.models) > 1
+
+    @property
+    def small(self) -> Model:
+        return self.models[0]
+
+    @property
+    def large(self) -> Model:
+        return self.models[-1]
+
+    def find(self, name: str) -> Model | None:
+        return self.by_name.get(self.aliases.get(name, name))
+
+    def names(self) -> list[str]:
+        """All that may be asked for, own names first."""
+        own = [model.name for model in self.models] + ([AUTO] if self.has_auto else [])
+        return own + [name for name in self.aliases if name not in own]
+
+    def aliases_of(self, model: Model) -> list[str]:
+        return [alias for alias, name in self.aliases.items() if name == model.name]
+
+
+class Service:
+    """Everything a server has.
+
+    Args:
+        keys: None, or a store without keys: anyone may ask.
+        prices: None: nothing costs anything.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        ledger: Ledger,
+        keys: KeyStore | None = None,
+        prices: PriceTable | None = None,
+        router: Router | None = None,
+        options: ServiceOptions | None = None,
+    ) -> None:
+        self.catalogue, self.ledger, self.keys, self.prices, self.router = catalogue, ledger, keys, prices, router
+        self.options = options or ServiceOptions()
+        self.limiter = RateLimiter()
+        self.metrics = Metrics(self.model_status)
+        self.started = time.monotonic()
+        self.is_draining = False
+        self._closing: set[asyncio.Future[Any]] = set()
+
+    # ---- who --------------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_keys(self) -> bool:
+        return self.keys is not None and len(self.keys) > 0
+
+    def authenticate(self, headers: Mapping[str, str]) -> Key:
+        """The key of a request: `Authorization: Bearer`, or `x-api-key`.
+
+        Raises:
+            ApiError: 401, with nothing in it of what was given.
+        """
+        if not self.needs_keys:
+            return NO_KEY
+        assert self.keys is not None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        secret = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        if not secret:
+            raise ApiError(
+                401, "This server needs an API key: send it as Authorization: Bearer KEY.",
+                type="authentication_error", code="invalid_api_key",
+            )  # fmt: skip
+        key = self.keys.lookup(secret)
+        if key is None:
+            raise ApiError(
+                401, "Authentication Fails: the API key is unknown or revoked.", type="authentication_error",
+                code="invalid_api_key",
+            )  # fmt: skip
+        return key
+
+    # ---- which model ------------------------------------------------------------------------------------------------
+
+    def names_for(self, key: Key) -> list[str]:
+        return [name for name in self.catalogue.names() if key.allows(name)]
+
+    def find(self, name: str, key: Key) -> Model:
+        """The model of a name, for what is not a call.
+
+        Raises:
+            ApiError: 400, no such model.
+        """
+        model = self.catalogue.find(name) if name != AUTO or not self.catalogue.has_auto else self.catalogue.small
+        if model is None or not key.allows(name):
+            raise self._unknown(name, key)
+        return model
+
+    def _unknown(self, name: str, key: Key) -> ApiError:
+        known = ", ".join(self.names_for(key)) or "none"
+        shown = name if len(name) <= 100 else name[:97] + "..."
+        return ApiError(400, f"The supported API model names are {known}, but you passed {shown}.", param="model")
+
+    async def _route(self, call: Call, key: Key) -> tuple[Model, Call, Prepared, Choice | None]:
+        """The model for a call, and the call ready for it."""
+        name = call.model
+        if name in RETIRED and self.options.retired_names and isinstance(call.input, Conversation):
+            # A plain rename would switch thinking on for deepseek-chat.
+            call = replace(call, input=replace(call.input, thinking=RETIRED[name]))
+            name = FLASH_NAMES[0]
+        if not key.allows(call.model):
+            raise self._unknown(call.model, key)
+        if name == AUTO and self.catalogue.has_auto and self.router is not None:
+            return await self._choose(call, key)
+        model = self.catalogue.find(name)
+        if model is None:
+            raise self._unknown(call.model, key)
+        return model, call, await model.prepare(call), None
+
+    async def _choose(self, call: Call, key: Key) -> tuple[Model, Call, Prepared, Choice | None]:
+        assert self.router is not None
+        small, large = self.catalogue.small, self.catalogue.large
+        prepared: list[Prepared | ApiError] = []
+        for model in (small, large):
+            try:
+                prepared.append(await model.prepare(call))
+            except ApiError as error:
+                prepared.append(error)
+        first, second = prepared
+        if isinstance(first, ApiError) or isinstance(second, ApiError):
+            # What only one of them can hold goes there; what neither takes is refused in the large one's words.
+            for model, ready in ((small, first), (large, second)):
+                if not isinstance(ready, ApiError):
+                    return model, call, ready, None
+            assert isinstance(second, ApiError)
+            raise second
+        tenant = tenant_of(key, call.user_id)
+        prices = tuple(self.price_values(model) for model in (small, large))
+        choice = self.router.choose(
+            call, second.prompt_tokens, (small.known(first, tenant), large.known(second, tenant)),
+            (prices[0], prices[1]), (small.name, large.name),
+        )  # fmt: skip
+        model, ready = (large, second) if choice.is_large else (small, first)
+        self.metrics.routed.labels(choice.kind, model.name).inc()
+        return model, call, ready, choice
+
+    # ---- prices -----------------------------------------------------------------------------------------------------
+
+    def price_of(self, model: Model) -> Price | None:
+        """The price of a model's tokens now: under its own name, or as the official model whose name it answers to."""
+        if self.prices is None:
+            return None
+        now = datetime.now(UTC)
+        aliases = self.catalogue.aliases_of(model)
+        preferred = sorted(aliases, key=lambda name: name not in FLASH_NAMES + PRO_NAMES)
+        for name in (model.name, *preferred):
+            if (price := self.prices.price_of(name, now)) is not None:
+                return price
+        return None
+
+    def price_values(self, model: Model) -> tuple[Decimal, Decimal, Decimal]:
+        """Hit, miss and output per million tokens; zeros where nothing is charged."""
+        price = self.price_of(model)
+        return (price.hit, price.miss, price.output) if price is not None else (Decimal(0),) * 3
+
+    # ---- run --------------------------------------------------------------------------------------------------------
+
+    async def open(self, key: Key, call: Call, dialect: Dialect, dialect_name: str) -> Exchange:
+        """Begin to answer a call.
+
+        Raises:
+            ApiError: it is refused.
+        """
+        if self.is_draining:
+            raise ApiError(
+                503, "The server is stopping; try again in a moment.", type="server_error", code="server_error",
+                retry_after_s=5,
+            )  # fmt: skip
+        model, call, prepared, choice = await self._route(call, key)
+        self._check_queue(model)
+        admitted = self.limiter.admit(key, prepared.prompt_tokens)
+        opening = Opening(
+            secrets.token_hex(16), key, dialect_name, call.model, model.name, self.price_of(model),
+            Usage(prepared.prompt_tokens, 0, prepared.max_tokens * call.n), call.user_id, model.kind == "upstream",
+        )  # fmt: skip
+        if isinstance(admitted, Busy):
+            self.ledger.refuse(opening, admitted.reason)
+            self.metrics.requests.labels(model.name, dialect_name, "refused").inc()
+            raise busy(admitted.message, admitted.retry_after_s)
+        try:
+            refusal = await _of_ledger(self.ledger.begin(opening))
+            if refusal is not None:
+                self.metrics.requests.labels(model.name, dialect_name, "refused").inc()
+                raise ApiError(402, refusal.message, type="unknown_error")
+            try:
+                reply = await model.open(prepared, tenant_of(key, call.user_id))
+            except BaseException as error:
+                reason = error.message if isinstance(error, ApiError) else "cancelled"
+                self.ledger.finish(opening.id, "failed", Usage(), reason=reason[:60])
+                self.metrics.requests.labels(model.name, dialect_name, "failed").inc()
+                raise
+        except BaseException:
+            admitted.release()
+            raise
+        if self.options.log_prompts:
+            log.info("request %s: %s", opening.id, call.input)
+        return Exchange(self, opening, call, dialect, dialect_name, model, reply, admitted, choice)
+
+    def _check_queue(self, model: Model) -> None:
+        if isinstance(model, LocalModel):
+            waiting = len(model.engine.requests) - model.engine.options.max_running
+            if waiting >= self.options.max_waiting:
+                raise busy("The server is at its limit; try again later.", max(1, math.ceil(waiting / 16)))
+
+    def in_background(self, work: Awaitable[Any]) -> None:
+        """Go on with something after the reply it belongs to has ended."""
+        task = asyncio.ensure_future(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def drain(self) -> None:
+        """Wait for what replies left to do."""
+        while self._closing:
+            await asyncio.wait(set(self._closing))
+
+    # ---- status -----------------------------------------------------------------------------------------------------
+
+    def model_status(self) -> list[dict[str, Any]]:
+        return [model.status() for model in self.catalogue.models]
+
+
+@dataclass(eq=False)
+class Exchange:
+    """A call that is being answered."""
+
+    service: Service
+    opening: Opening
+    call: Call
+    dialect: Dialect
+    dialect_name: str
+    model: Model
+    reply: Reply
+    admitted: Admitted
+    choice: Choice | None
+    is_closed: bool = False
+
+    def head(self, head: Head) -> Head:
+        """The reply's head with this request's id: the one that the ledger has."""
+        return replace(head, id=self.opening.id, routed=str(self.choice) if self.choice is not None else None)
+
+    def headers(self) -> dict[str, str]:
+        headers = {"x-request-id": self.opening.id}
+        if self.choice is not None:
+            headers["x-longreach-routed"] = f"{self.model.name} ({self.choice})"
+        if self.call.ignored:
+            headers["x-longreach-ignored"] = ", ".join(self.call.ignored)
+        return headers
+
+    async def close(self, status: Ending) -> None:
+        """Account for the request; returns when that is on the disk. Only the first call does anything.
+
+        Raises:
+            ApiError: the ledger cannot be written; the client must not believe that it was served.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
+        usage, reply, service = self.reply.usage, self.reply, self.service
+        self.admitted.release(usage.completion_tokens)
+        written = service.ledger.finish(self.opening.id, status, usage, first_token_s=reply.first_token_s)
+        self._measure(status, usage)
+        if status != "completed":
+            await reply.cancel()
+        elif self.choice is not None or service.router is not None:
+            assert service.router is not None
+            service.router.learn(self.model.name, self.call, usage)
+        await _of_ledger(written)
+
+    def leave(self) -> None:
+        """The client has gone: end the request without waiting for anything."""
+        if not self.is_closed:
+            self.service.in_background(self._leave())
+
+    async def _leave(self) -> None:
+        try:
+            await self.close("cancelled")
+        except ApiError as error:
+            log.warning("a cancelled request is not in the ledger: %s", error.message)
+
+    def _measure(self, status: Ending, usage: Usage) -> None:
+        metrics, name, first = self.service.metrics, self.model.name, self.reply.first_token_s
+        metrics.requests.labels(name, self.dialect_name, status).inc()
+        whole = time.monotonic() - self.reply.began
+        metrics.request_s.labels(name).observe(whole)
+        if first is not None:
+            metrics.first_token_s.labels(name).observe(first)
+            if usage.completion_tokens > 1:
+                metrics.token_s.labels(name).observe((whole - first) / (usage.completion_tokens - 1))
+
+
+def tenant_of(key: Key, user_id: str) -> str:
+    """Whose cache a request may use: each user of each key has one of its own."""
+    return f"{key.id}/{user_id}"
+
+
+def busy(message: str, retry_after_s: int) -> ApiError:
+    return ApiError(
+        429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s
+    )
+
+
+async def _of_ledger(future: Any) -> Any:
+    """What the ledger's thread answers.
+
+    Raises:
+        ApiError: 503, it cannot be written.
+    """
+    try:
+        return await asyncio.shield(asyncio.wrap_future(future))
+    except LedgerError as error:
+        log.warning("%s", error)
+        raise ApiError(
+            503, "The server cannot keep its ledger at the moment; try again later.", type="server_error",
+            code="server_error", retry_after_s=10,
+        ) from None  # fmt: skip

@@ -1,0 +1,149 @@
+"""A real server on a free port of this machine, on a small untrained model whose answers a test may write itself."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from longreach.engine.engine import Engine, EngineOptions
+from longreach.engine.sampler import Sampled
+from longreach.model.config import ModelConfig
+from longreach.model.transformer import Transformer
+from longreach.server.app import AppOptions, make_app
+from longreach.server.call import Call
+from longreach.server.database import open_database
+from longreach.server.keys import KeyStore
+from longreach.server.ledger import Ledger
+from longreach.server.models import ChatSetup, LocalModel, Model, Prepared
+from longreach.server.prices import PriceTable, find_table
+from longreach.server.routing import Router, Table
+from longreach.server.service import Catalogue, Service, ServiceOptions
+from longreach.tokenizer.bpe import Tokenizer
+
+VOCABULARY = 512
+CONTEXT = 4096
+
+
+def make_tokenizer() -> Tokenizer:
+    """All of V4's special tokens and a few hundred pieces of Python and JSON."""
+    texts = ["def add(a, b):\n    return a + b\n", '{"city": "Paris", "days": 3}\n', "Hello, the answer is 42.\n"]
+    return Tokenizer.train([text * 20 for text in texts], vocab_size=VOCABULARY)
+
+
+def make_engine(tokenizer: Tokenizer, seed: int = 1, context: int = CONTEXT, **options: Any) -> Engine:
+    config = ModelConfig.preset("tiny").replace(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
+    return Engine(
+        Transformer(config, seed=seed), tokenizer, EngineOptions(**({"memory_gib": 0.1, "max_running": 4} | options))
+    )
+
+
+class ScriptedModel(LocalModel):
+    """A local model that says what it was told to, where a prompt contains a key of `script`; else it draws as usual.
+
+    Attributes:
+        script: answers by a text that their prompts contain. Special tokens in them are special, an end mark is added.
+        delay_s: seconds each step of a scripted answer takes.
+        prompts: text of every prompt.
+    """
+
+    def __init__(self, name: str, engine: Engine, setup: ChatSetup | None = None, **options: Any) -> None:
+        super().__init__(name, engine, setup or ChatSetup(texts="none"), **options)
+        self.script: dict[str, str] = {}
+        self.prompts: list[str] = []
+        self.delay_s = 0.0
+        self._ids: dict[int, tuple[Any, list[int]]] = {}
+        draw = engine.sampler.sample
+
+        def sample(logits, rows):
+            drawn = list(draw(logits, rows))
+            for place, row in enumerate(rows):
+                _, ids = self._ids.get(id(row.params), (None, None))
+                if ids is None:
+                    continue
+                time.sleep(self.delay_s)
+                token = ids[row.position] if row.position < len(ids) else self.tokenizer.eos_id
+                drawn[place] = Sampled(token, drawn[place].logprob, drawn[place].top)
+            return drawn
+
+        engine.sampler.sample = sample
+
+    async def prepare(self, call: Call) -> Prepared:
+        prepared = await super().prepare(call)
+        text = self.tokenizer.decode(prepared.prompt)
+        self.prompts.append(text)
+        # The longest key that fits: a later turn's key may stand beside an earlier one's.
+        for key in sorted(self.script, key=text.rfind, reverse=True):
+            if key in text:
+                ids = self.tokenizer.encode(self.script[key], allow_special=True)
+                self._ids[id(prepared.params)] = (prepared.params, ids)  # held, so that the address stays its own
+                break
+        return prepared
+
+
+class LiveServer:
+    """A server that answers at `url`.
+
+    Attributes:
+        service: what it runs; model: its first model; secrets: of its keys.
+    """
+
+    secrets: list[str]
+
+    def __init__(self, service: Service, options: AppOptions) -> None:
+        self.service = service
+        self.model: Any = service.catalogue.models[0]
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(
+            make_app(service, options), log_level="warning", lifespan="on", timeout_graceful_shutdown=3
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=30)
+        assert not self._thread.is_alive(), "the server did not stop"
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def live_server(
+    folder: Path,
+    *models: Model,
+    options: ServiceOptions | None = None,
+    app: AppOptions | None = None,
+    prices: PriceTable | None = None,
+    aliases: dict[str, str] | None = None,
+    keys: tuple[dict[str, Any], ...] = (),
+) -> Iterator[LiveServer]:
+    """Serve models; `keys` are arguments of `KeyStore.add`, and the secrets stand in `server.secrets`."""
+    with open_database(folder) as database:
+        store = KeyStore(database)
+        secrets = [store.add(**key)[1] for key in keys]
+        catalogue = Catalogue(models, aliases or {}, auto=True)
+        router = Router(Table.load()) if catalogue.has_auto else None
+        with Ledger(database) as ledger:
+            service = Service(catalogue, ledger, store, prices or find_table("hosted"), router, options)
+            server = LiveServer(service, app or AppOptions())
+            server.secrets = secrets
+            server.start()
+            try:
+                yield server
+            finally:
+                server.stop()
