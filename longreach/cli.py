@@ -35,6 +35,8 @@ class Command:
     """Name of the options dataclass in `module`."""
     summary: str
     function: str = "main"
+    extra: str = ""
+    """The optional dependencies it needs."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -48,12 +50,22 @@ COMMANDS: dict[str, Command] = {
     "plot": Command("longreach.train.plot", "PlotOptions", "draw the curves of one or several runs"),
     "generate": Command("longreach.generate", "GenerateOptions", "continue a prompt, token by token"),
     "chat": Command("longreach.terminal", "ChatOptions", "talk with a model in the terminal"),
-    "serve": Command("longreach.server.serve", "ServeOptions", "serve models: the API, a page, metering"),
-    "keys add": Command("longreach.server.keys_command", "AddOptions", "make an API key", "add"),
-    "keys list": Command("longreach.server.keys_command", "ListOptions", "the API keys there are", "list_keys"),
-    "keys topup": Command("longreach.server.keys_command", "TopUpOptions", "add to a key's balance", "top_up"),
-    "keys revoke": Command("longreach.server.keys_command", "RevokeOptions", "end an API key", "revoke"),
-    "usage": Command("longreach.server.usage", "UsageOptions", "what was used, and what it costs at which prices"),
+    "serve": Command(
+        "longreach.server.serve", "ServeOptions", "serve models: the API, a page, metering", extra="server"
+    ),
+    "keys add": Command("longreach.server.keys_command", "AddOptions", "make an API key", "add", extra="server"),
+    "keys list": Command(
+        "longreach.server.keys_command", "ListOptions", "the API keys there are", "list_keys", extra="server"
+    ),
+    "keys topup": Command(
+        "longreach.server.keys_command", "TopUpOptions", "add to a key's balance", "top_up", extra="server"
+    ),
+    "keys revoke": Command(
+        "longreach.server.keys_command", "RevokeOptions", "end an API key", "revoke", extra="server"
+    ),
+    "usage": Command(
+        "longreach.server.usage", "UsageOptions", "what was used, and what it costs at which prices", extra="server"
+    ),
     "convert": Command("longreach.checkpoint.convert", "ConvertOptions", "rewrite a checkpoint in another layout"),
     "inspect": Command("longreach.checkpoint.inspect", "InspectOptions", "say what a checkpoint holds"),
     "compare": Command("longreach.checkpoint.compare", "CompareOptions", "say whether two checkpoints are the same"),
@@ -123,7 +135,12 @@ def _dispatch(argv: list[str]) -> int:
         return _unknown_command(name)
 
     command = COMMANDS[name]
-    module = importlib.import_module(command.module)
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if not command.extra or (error.name or "longreach").startswith("longreach"):
+            raise
+        return _fail(f"longreach {name}", f"{error.name} is not installed: pip install 'longreach[{command.extra}]'")
     options = _parse(f"longreach {name}", getattr(module, command.options), rest)
     if isinstance(options, int):
         return options

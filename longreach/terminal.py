@@ -1,16 +1,12 @@
 """A conversation in the terminal: `longreach chat runs/quickstart`.
 
-The turns are laid out as in DeepSeek-V4's chat encoding, without thinking:
+The turns are laid out by `longreach.chat.renderer`; with `--thinking` each answer begins with reasoning, which later turns
+no longer see. Where the tokenizer has no marks for turns, and with `--plain`, there are no turns but one document: each
+line you type is appended to it, and the model writes on.
 
-    begin mark, system text, then again and again:
-    <｜User｜> what you typed <｜Assistant｜></think> the answer, end mark
-
-Marks are put in by their ids; typed text is never searched for them. Where the tokenizer has no such marks, and with
-`--plain`, there are no turns but one document: each line you type is appended to it, and the model writes on.
-
-Every turn sends the whole history again. The prefix cache knows it, so that the model reads little more than the new line.
-Answers go to stdout, everything else to stderr.
-Source: the published chat encoder of DeepSeek-V4.
+Every turn sends the whole history again, each answer in the very tokens it was made of. The prefix cache knows them, so
+that the model reads little more than the new line. Answers go to stdout, everything else to stderr; reasoning is dim, and
+on stdout if that is a terminal.
 """
 
 from __future__ import annotations
@@ -31,6 +27,11 @@ from typing import Annotated, Any, TextIO
 import tyro
 from rich.cells import cell_len
 
+from longreach.chat import messages as chat
+from longreach.chat.messages import Effort, Message
+from longreach.chat.modes import EffortTexts
+from longreach.chat.parser import AnswerParser, ContentText, ParserEvent, ReasoningText
+from longreach.chat.renderer import Prompt, render
 from longreach.engine.llm import LLM, completion
 from longreach.engine.request import Request
 from longreach.engine.sampling import FinishReason, SamplingParams
@@ -39,7 +40,7 @@ from longreach.generate import SAMPLING_NAMES, RunOptions, SamplingOptions, Stop
 from longreach.rundir import find_model
 from longreach.runtime import log, setup_logging, write_atomic
 from longreach.tokenizer.bpe import Tokenizer
-from longreach.tokenizer.special import ASSISTANT, THINK_END, USER
+from longreach.tokenizer.special import ASSISTANT, EOS, THINK_END, THINK_START, USER
 
 HELP = """\
 /set NAME VALUE   change a sampling parameter, as in /set stop "\\n\\n"; /set alone shows them
@@ -69,6 +70,37 @@ class ChatOptions(RunOptions, SamplingOptions):
     """Go on with a conversation that /save wrote."""
     plain: bool = False
     """No turns: what you type is appended to one text, and the model writes on; an empty line lets it go on."""
+    thinking: bool = False
+    """Let the model think before it answers."""
+    effort: Effort | None = None
+    """Think, and this thoroughly. Needs --effort-texts, because it is told by a text."""
+    effort_texts: EffortTexts = "none"
+    """Released weights that learned texts for the effort: preview (April 2026) or 0731 (and later)."""
+
+    def mode(self) -> Mode:
+        """How the model is to think.
+
+        Raises:
+            RequestError: options that contradict each other.
+        """
+        thinks = self.thinking or self.effort is not None
+        if thinks and self.plain:
+            raise RequestError("--thinking and --effort need turns, and --plain has none; leave one out")
+        if self.effort is not None and self.effort_texts == "none":
+            raise RequestError(
+                f"--effort {self.effort} is told to a model by a text, and --effort-texts none has none; give "
+                "--effort-texts preview or 0731 for released weights, or --thinking alone"
+            )
+        return Mode(thinks, self.effort or "high", self.effort_texts)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a model is to think, as `longreach.chat.renderer.render` takes it."""
+
+    thinking: bool = False
+    effort: Effort = "high"
+    texts: EffortTexts = "none"
 
 
 # ---- the history ----------------------------------------------------------------------------------------------------
@@ -79,13 +111,16 @@ class Exchange:
     """A line and its answer.
 
     Attributes:
-        opening: tokens of the line, marks included; answer_ids: of the answer, end mark not included.
+        opening: tokens of the line, marks included, and of what stands before the first line; answer_ids: of the answer,
+            end mark not included.
+        reasoning: what was thought before the answer; it is not part of the history.
     """
 
     user: str
     answer: str
     opening: list[int]
     answer_ids: list[int]
+    reasoning: str = ""
 
 
 class Conversation:
@@ -95,50 +130,61 @@ class Conversation:
         is_plain: one document without marks.
     """
 
-    def __init__(self, tokenizer: Tokenizer, system: str = "", is_plain: bool = False) -> None:
-        self.tokenizer, self.system, self.is_plain = tokenizer, system, is_plain
+    def __init__(
+        self, tokenizer: Tokenizer, system: str = "", is_plain: bool = False, mode: Mode | None = None
+    ) -> None:
+        self.tokenizer, self.system, self.is_plain, self.mode = tokenizer, system, is_plain, mode or Mode()
         self.exchanges: list[Exchange] = []
 
     @staticmethod
     def has_marks(tokenizer: Tokenizer) -> bool:
         """Whether turns can be marked with this tokenizer."""
-        return all(mark in tokenizer.special_ids for mark in (USER, ASSISTANT, THINK_END))
+        return all(mark in tokenizer.special_ids for mark in (USER, ASSISTANT, THINK_START, THINK_END))
 
     def prompt(self, user: str) -> list[int]:
         """All tokens up to the place where the answer to `user` begins."""
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(self.system)]
+        ids: list[int] = []
         for exchange in self.exchanges:
-            ids += exchange.opening + exchange.answer_ids
+            ids += exchange.opening
+            if self.mode.thinking:
+                ids[-1] = self.tokenizer.special_id(THINK_END)  # earlier reasoning is dropped
+            ids += exchange.answer_ids
             if not self.is_plain:
                 ids.append(self.tokenizer.eos_id)
         return ids + self._opening(user)
 
-    def add(self, user: str, answer: str, answer_ids: list[int]) -> None:
+    def add(self, user: str, answer: str, answer_ids: list[int], reasoning: str = "") -> None:
         """Append an exchange.
 
         Args:
-            answer_ids: as they were generated. A mark that ended them is dropped; where they still are not exactly
-                `answer` (a stop string was cut off), the text is encoded anew.
+            answer_ids: as they were generated, reasoning included if there was any. A mark that ended them is dropped;
+                where they still are not exactly `answer` (a stop string was cut off), the text is encoded anew.
         """
         tokenizer = self.tokenizer
+        if self.mode.thinking and (end := tokenizer.special_id(THINK_END)) in answer_ids:
+            answer_ids = answer_ids[answer_ids.index(end) + 1 :]
         for ids in (answer_ids, answer_ids[:-1]):
             if tokenizer.decode(ids) == answer:
                 break
         else:
             ids = tokenizer.encode(answer)
-        self.exchanges.append(Exchange(user, answer, self._opening(user), ids))
+        self.exchanges.append(Exchange(user, answer, self._opening(user), ids, reasoning))
 
     def _opening(self, user: str) -> list[int]:
         if self.is_plain:
             text = self.system + "".join(exchange.user + exchange.answer for exchange in self.exchanges)
             is_inside_line = bool(user) and bool(text) and not text.endswith("\n")
-            return self.tokenizer.encode("\n" + user if is_inside_line else user)
-        mark = self.tokenizer.special_id
-        return [mark(USER), *self.tokenizer.encode(user), mark(ASSISTANT), mark(THINK_END)]
-
-    def end_ids(self) -> tuple[int, ...]:
-        """Marks that end an answer besides the end mark: a model that writes one has begun a turn of its own."""
-        return () if self.is_plain else tuple(self.tokenizer.special_id(mark) for mark in (USER, ASSISTANT))
+            head = [] if self.exchanges else [self.tokenizer.bos_id, *self.tokenizer.encode(self.system)]
+            return head + self.tokenizer.encode("\n" + user if is_inside_line else user)
+        said = [Message("system", self.system)]
+        for exchange in self.exchanges:
+            said += [Message("user", exchange.user), Message("assistant", exchange.answer)]
+        conversation = chat.Conversation(
+            (*said, Message("user", user)), thinking=self.mode.thinking, effort=self.mode.effort
+        )
+        pieces = render(conversation, texts=self.mode.texts).pieces
+        ends = [place for place, piece in enumerate(pieces) if piece.is_special and piece.text == EOS]
+        return Prompt(pieces[ends[-1] + 1 if ends else 0 :]).encode(self.tokenizer)
 
     # ---- on disk ----------------------------------------------------------------------------------------------------
 
@@ -151,7 +197,8 @@ class Conversation:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         for exchange in self.exchanges:
             messages.append({"role": "user", "content": exchange.user})
-            messages.append({"role": "assistant", "content": exchange.answer, "token_ids": exchange.answer_ids})
+            answer = {"role": "assistant", "content": exchange.answer, "token_ids": exchange.answer_ids}
+            messages.append(answer | ({"reasoning_content": exchange.reasoning} if exchange.reasoning else {}))
         content = json.dumps({"plain": self.is_plain, "messages": messages}, ensure_ascii=False, indent=1)
         try:
             write_atomic(path, content + "\n")
@@ -159,7 +206,7 @@ class Conversation:
             raise RequestError(f"{path} cannot be written: {error.strerror or error}") from None
 
     @staticmethod
-    def load(path: Path, tokenizer: Tokenizer, is_plain: bool = False) -> Conversation:
+    def load(path: Path, tokenizer: Tokenizer, is_plain: bool = False, mode: Mode | None = None) -> Conversation:
         """Read what `save` wrote. Answers keep their tokens if this tokenizer means the same text by them.
 
         Args:
@@ -183,9 +230,10 @@ class Conversation:
         system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
         if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
             raise RequestError(f"{path}: after a system message, user and assistant must take turns, and both end")
-        conversation = Conversation(tokenizer, system, is_plain or saved.get("plain") is True)
+        conversation = Conversation(tokenizer, system, is_plain or saved.get("plain") is True, mode)
         for user, answer in zip(messages[::2], messages[1::2], strict=True):
-            conversation.add(user["content"], answer["content"], _text_ids(answer.get("token_ids"), tokenizer))
+            ids, reasoning = _text_ids(answer.get("token_ids"), tokenizer), answer.get("reasoning_content")
+            conversation.add(user["content"], answer["content"], ids, reasoning if isinstance(reasoning, str) else "")
         return conversation
 
 
@@ -198,6 +246,44 @@ def _text_ids(ids: Any, tokenizer: Tokenizer) -> list[int]:
 
 
 # ---- the chat -------------------------------------------------------------------------------------------------------
+
+
+class AnswerStream:
+    """Reads an answer while it is generated, in place of the engine's `TextStream`: its text is the content alone.
+
+    Attributes:
+        reasoning: what the model has thought so far.
+        finish_reason, stop_reason: as the engine asks for them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, thinking: bool, stop: tuple[str, ...]) -> None:
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self._parser = AnswerParser(tokenizer, thinking=thinking, stop=stop)
+        self._thoughts: list[str] = []
+        self._num_taken = 0
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._thoughts)
+
+    def push(self, token_id: int) -> str:
+        text = self._content(self._parser.push(token_id))
+        if self._parser.finish_reason is not None:
+            self.finish_reason, self.stop_reason = FinishReason.STOP, self._parser.stop_reason
+        return text
+
+    def finish(self, reason: FinishReason | None = None) -> str:
+        return self._content(self._parser.finish())
+
+    def take_reasoning(self) -> str:
+        """What was thought since the last call."""
+        new, self._num_taken = self._thoughts[self._num_taken :], len(self._thoughts)
+        return "".join(new)
+
+    def _content(self, events: list[ParserEvent]) -> str:
+        self._thoughts += [event.text for event in events if isinstance(event, ReasoningText)]
+        return "".join(event.text for event in events if isinstance(event, ContentText))
 
 
 class Chat:
@@ -284,15 +370,19 @@ class Chat:
                 "them for an answer; shorten the line, take exchanges back with /undo, or begin anew with /reset"
             )
         seed = None if params.seed is None else counted_seed(params.seed, len(conversation.exchanges))
-        params = dataclasses.replace(params, seed=seed, stop_token_ids=conversation.end_ids())
+        stream = None
+        if not conversation.is_plain:
+            stream = AnswerStream(conversation.tokenizer, conversation.mode.thinking, params.stop)
+        after = conversation.tokenizer.special_id(THINK_END) if conversation.mode.thinking else None
+        params = dataclasses.replace(params, seed=seed, after=after)
         drafted, accepted = self.engine.stats.drafted, self.engine.stats.accepted
         watch = Stopwatch()
-        request = self.engine.submit(prompt, params)
-        text = self._run(request, watch)
+        request = self.engine.submit(prompt, params, stream=stream)
+        text = self._run(request, watch, stream)
         print(flush=True)
         done = completion(request, text)
         if done.token_ids:
-            conversation.add(user, text, done.token_ids)
+            conversation.add(user, text, done.token_ids, stream.reasoning if stream is not None else "")
         if done.error is not None:
             raise RequestError(f"the answer is unfinished: {done.error}")
         if not done.token_ids:
@@ -312,7 +402,7 @@ class Chat:
         if used >= self.context:
             log.info("the context is full; /undo takes the last exchange back, /reset begins anew")
 
-    def _run(self, request: Request, watch: Stopwatch) -> str:
+    def _run(self, request: Request, watch: Stopwatch, stream: AnswerStream | None) -> str:
         """Step until the answer is over, showing it as it comes. Returns its text."""
         texts: list[str] = []
         with _interrupt() as interrupt, LiveText() as live:
@@ -322,6 +412,8 @@ class Chat:
                 for output in self.engine.step():
                     watch.push(len(output.tokens))
                     texts.append(output.text)
+                    if stream is not None:
+                        live.write_dim(stream.take_reasoning())
                     live.write(output.text)
                 if watch.first_s is None:
                     live.note(f"reading: {request.computed} of {request.num_prompt} tokens")
@@ -383,12 +475,33 @@ class LiveText:
         self._is_live = _draws(self._err)
         self._is_below = self._is_live and self._out.isatty()
         self._column = 0
+        self._is_dim = False  # the text before was dim
         self._note, self._drawn_at, self._is_drawn = "", 0.0, False
 
     def write(self, text: str) -> None:
-        """Write a piece of text."""
+        """Write a piece of text, on a line of its own if dim text stands before it."""
         if not text:
             return
+        if self._is_dim:
+            self._is_dim = False
+            if self._out.isatty():
+                text = "\n" + text
+            else:
+                self._say("\n")
+        self._write(text)
+
+    def write_dim(self, text: str) -> None:
+        """Write what is no part of the text proper: dim on stdout if that is a terminal, else on stderr without a note."""
+        if not text:
+            return
+        if self._out.isatty():
+            self._write(text, "\x1b[2m", "\x1b[0m")
+        else:
+            self._erase()
+            self._say(_dim(text))
+        self._is_dim = True
+
+    def _write(self, text: str, before: str = "", behind: str = "") -> None:
         redraw = False
         if self._is_below:
             column, reaches_margin = self._after(text)
@@ -398,7 +511,7 @@ class LiveText:
                 self._erase()
                 redraw = True
             self._column = column
-        self._out.write(text)
+        self._out.write(before + text + behind)
         self._out.flush()
         if redraw:
             self._draw()
@@ -406,6 +519,8 @@ class LiveText:
     def note(self, text: str) -> None:
         """Show this note from now on; it is drawn often enough to be live, not more."""
         self._note = text
+        if self._is_dim and not self._is_below:
+            return  # the note would overwrite it
         if self._is_live and time.monotonic() - self._drawn_at >= REDRAW_S:
             self._draw()
 
@@ -501,16 +616,21 @@ def _typed_line() -> str:
 def main(options: ChatOptions) -> int:
     """Run the command."""
     setup_logging()
+    mode = options.mode()
     if options.load is not None and options.system:
         raise RequestError("--system cannot be given with --load: a saved conversation has its own; leave one out")
     tokenizer = Tokenizer.load(find_model(options.model))
     params = options.params(tokenizer)
     has_marks = Conversation.has_marks(tokenizer)
     is_plain = options.plain or not has_marks
+    if is_plain and mode.thinking:
+        raise RequestError("this tokenizer has no marks for turns, so a model cannot be asked to think; leave it out")
     if options.load is not None:
-        conversation = Conversation.load(options.load, tokenizer, is_plain)
+        conversation = Conversation.load(options.load, tokenizer, is_plain, mode)
+        if conversation.is_plain and mode.thinking:
+            raise RequestError(f"{options.load} is a plain text without turns; leave --thinking and --effort out")
     else:
-        conversation = Conversation(tokenizer, options.system, is_plain)
+        conversation = Conversation(tokenizer, options.system, is_plain, mode)
     with options.open(options.model, tokenizer) as llm:
         if not has_marks:
             log.info("this tokenizer has no marks for turns: what you type is appended to one text")

@@ -67,7 +67,6 @@ def judge(kind: type, body: Any, require_reasoning: bool = False) -> tuple[str, 
     try:
         return "read", kind(json.dumps(body)).convert(options)
     except recipe._native.ConversionError as error:
-        assert error.status_code == 400
         return "rule", json.loads(error.body)["error"]["message"]
     except ValueError:
         return "type", None
@@ -94,18 +93,30 @@ def conversation_of(request: Any) -> tuple[Any, ...]:
     ]  # fmt: skip
     effort = {"xhigh": "high"}.get(conversation.reasoning_effort, conversation.reasoning_effort)
     return (
-        tuple(messages), tuple(tools), thinking, effort if thinking else None, conversation.response_format,
+        _as_shown(messages), tuple(tools), thinking, effort if thinking else None, conversation.response_format,
         conversation.response_schema, conversation.tool_choice == "required",
     )  # fmt: skip
 
 
+def _as_shown(messages: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Messages with those merged or left out that both sides show to the model as one, or not at all."""
+    result: list[tuple[Any, ...]] = []
+    for message in messages:
+        if message[0] == "system" and not message[1]:
+            continue
+        if message[0] == "user" and result and result[-1][0] == "user":
+            message = ("user", f"{result.pop()[1]}\n\n{message[1]}", *message[2:])
+        result.append(message)
+    return tuple(result)
+
+
 def plain(call: Call) -> tuple[Any, ...]:
     conversation: Any = call.input
-    messages = tuple(
+    messages = _as_shown([
         (m.role, m.content, m.reasoning or "", tuple((c.id, c.name, c.arguments) for c in m.tool_calls), m.tool_call_id,
          m.is_open)
         for m in conversation.messages
-    )  # fmt: skip
+    ])  # fmt: skip
     tools = tuple((t.name, t.function["description"], t.parameters) for t in conversation.tools)
     form = conversation.answer_format
     return (
@@ -238,7 +249,9 @@ def transport(dialect: Dialect, answer: Callable[[Call], list[Event] | ApiError]
             writer = dialect.stream(call, HEAD)
             sent = dialect.keep_alive + writer.begin() + writer.event(Content("so f")) + writer.error(events)
             return httpx2.Response(200, content=sent, headers={"content-type": "text/event-stream"})
-        usage = Usage(10, 4, sum(e.completion_tokens for e in events if isinstance(e, Finish)), 1 if call.thinking else 0)
+        usage = Usage(
+            10, 4, sum(e.completion_tokens for e in events if isinstance(e, Finish)), 1 if call.thinking else 0
+        )
         if call.stream:
             content = dialect.keep_alive * 2 + streamed(dialect, call, events, usage)
             return httpx2.Response(200, content=content, headers={"content-type": "text/event-stream"})
@@ -275,11 +288,11 @@ def mangle(value: Any, rng: random.Random, names: list[str]) -> Any:
         value = dict(value)
         key = rng.choice(list(value))
         kind = rng.random()
-        if kind < 0.15:
+        if kind < 0.35:
             del value[key]
-        elif kind < 0.3:
+        elif kind < 0.45:
             value[rng.choice(names)] = rng.choice(_JUNK)
-        elif kind < 0.5:
+        elif kind < 0.6:
             value[key] = rng.choice(_JUNK)
         else:
             value[key] = mangle(value[key], rng, names)
@@ -306,20 +319,21 @@ def survives(dialect: Dialect, bodies: list[Any], seed: int, count: int) -> tupl
     A refusal must fit its error body and repeat no more than a little of what was sent; what was read must be answered.
     """
     rng = random.Random(seed)
-    names = sorted({name for body in bodies for name in body} | {"n", "seed", "stop", "thinking", "echo", "suffix", "type"})
+    names = sorted(
+        {name for body in bodies for name in body} | {"n", "seed", "stop", "thinking", "echo", "suffix", "type"}
+    )
     read = refused = 0
     for _ in range(count):
         body = rng.choice(bodies)
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             body = mangle(body, rng, names)
         rules = rng.choice((HOSTED, LENIENT, Rules(hosted=True, require_reasoning=True)))
+        refusal = None
         try:
             call = dialect.read(body, rules)
         except ApiError as error:
             refused += 1
-            assert 400 <= error.status < 500
-            assert len(error.message) < 700
-            json.dumps(dialect.error(error)).encode()
+            refusal = error
         else:
             read += 1
             events: list[Event] = [
@@ -329,4 +343,8 @@ def survives(dialect: Dialect, bodies: list[Any], seed: int, count: int) -> tupl
             ]
             streamed(dialect, call, events)
             json.dumps(dialect.whole(call, HEAD, collect(events, call.n), Usage(1, 0, 1)))
+        if refusal is not None:
+            assert 400 <= refusal.status < 500
+            assert len(refusal.message) < 700
+            json.dumps(dialect.error(refusal)).encode()
     return read, refused

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import uvicorn
 
+from longreach.chat.dsml import call_parts
+from longreach.chat.messages import ToolCall
 from longreach.engine.engine import Engine, EngineOptions
 from longreach.engine.sampler import Sampled
 from longreach.model.config import ModelConfig
 from longreach.model.transformer import Transformer
 from longreach.server.app import AppOptions, make_app
 from longreach.server.call import Call
-from longreach.server.database import open_database
+from longreach.server.database import REQUESTS, open_database
 from longreach.server.keys import KeyStore
 from longreach.server.ledger import Ledger
 from longreach.server.models import ChatSetup, LocalModel, Model, Prepared
@@ -42,6 +46,21 @@ def make_engine(tokenizer: Tokenizer, seed: int = 1, context: int = CONTEXT, **o
     return Engine(
         Transformer(config, seed=seed), tokenizer, EngineOptions(**({"memory_gib": 0.1, "max_running": 4} | options))
     )
+
+
+def calls_text(*calls: tuple[str, dict[str, Any]]) -> str:
+    """Tool calls as the model writes them, for a script."""
+    made = [ToolCall(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
+    return "".join(text for text, _ in call_parts(made))
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+    """The first true value of `condition`."""
+    until = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.01)
+    return value
 
 
 class ScriptedModel(LocalModel):
@@ -74,8 +93,8 @@ class ScriptedModel(LocalModel):
 
         engine.sampler.sample = sample
 
-    async def prepare(self, call: Call) -> Prepared:
-        prepared = await super().prepare(call)
+    async def prepare(self, call: Call, tenant: str = "") -> Prepared:
+        prepared = await super().prepare(call, tenant)
         text = self.tokenizer.decode(prepared.prompt)
         self.prompts.append(text)
         # The longest key that fits: a later turn's key may stand beside an earlier one's.
@@ -114,6 +133,22 @@ class LiveServer:
         while not self._server.started:
             assert self._thread.is_alive(), "the server did not start"
             time.sleep(0.01)
+
+    def rows(self) -> list[Any]:
+        """The ledger, oldest first."""
+        with self.service.ledger.database.read() as connection:
+            return list(connection.execute(sa.select(REQUESTS).order_by(REQUESTS.c.started_ms)))
+
+    def row(self, reply_id: str) -> Any:
+        """The ledger's row of a reply, by the id that its client saw."""
+        found = [row for row in self.rows() if row.id in reply_id]
+        assert len(found) == 1, f"{len(found)} rows for {reply_id}"
+        return found[0]
+
+    @property
+    def running(self) -> int:
+        """Requests that any of its local engines still has."""
+        return sum(len(m.engine.requests) for m in self.service.catalogue.models if isinstance(m, LocalModel))
 
     def stop(self) -> None:
         self._server.should_exit = True

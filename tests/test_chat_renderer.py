@@ -294,11 +294,13 @@ def test_an_open_message_is_gone_on_with_from_its_end():
         assert prompt.begins_thinking == (thinking and not content)
 
 
-def test_a_demanded_call_is_opened_but_never_before_the_reasoning():
+def test_a_demanded_call_is_opened_but_never_before_the_reasoning_unless_the_vendor_does():
     prompt = render(user(tools=TOOLS, must_call=True, thinking=False))
     assert prompt.text.endswith(f"{THINK_END}\n\n<｜DSML｜tool_calls>\n") and prompt.begins_call
     prompt = render(user(tools=TOOLS, must_call=True))
     assert prompt.text.endswith(THINK_START) and prompt.begins_thinking and not prompt.begins_call
+    prompt = render(user(tools=TOOLS, must_call=True), layout="hosted")  # the vendor's API refuses this case
+    assert prompt.begins_call and not prompt.begins_thinking
 
 
 def test_a_reminder_stands_before_the_turn_it_is_for():

@@ -164,9 +164,10 @@ FAULTS: list[dict[str, Any]] = [
     {"messages": [USER, {"role": "assistant", "content": "", "reasoning_content": 3}]},
     {"messages": [{"role": "user", "content": ["a"]}]}, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
     {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+     "model": MODEL},
     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    {"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "file"}]}], "model": MODEL},
     {"thinking": True}, {"thinking": {}}, {"thinking": {"type": "zz"}}, {"thinking": {"type": 3}}, {"thinking": "enabled"},
     {"reasoning_effort": "zz"}, {"reasoning_effort": 3}, {"temperature": 3}, {"temperature": -0.1}, {"temperature": "1"},
     {"temperature": True}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": "x"}, {"presence_penalty": 5},
@@ -231,3 +232,391 @@ def test_the_hosted_service_refuses_schemas_which_its_package_would_read():
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
     assert refusal(HOSTED, response_format=form).message == "This response_format type is unavailable now"
     assert judge(recipe.ChatCompletionRequest, body(response_format=form))[0] == "read"
+
+
+# ---- requests, by our own rules -------------------------------------------------------------------------------------
+
+
+def test_clients_habits_are_understood():
+    call = read(
+        messages=[
+            {"role": "developer", "content": "be kind"},
+            {"role": "user", "content": "hi", "name": "bob"},
+            assistant_call("a", reasoning="thought", content=None, tool_calls=[
+                {"id": "a", "function": {"name": "f", "arguments": {"b": 1}}},
+            ]),
+            result("a", None),
+            {"role": "assistant", "content": "x", "tool_calls": [], "reasoning_content": " ", "refusal": None},
+        ],
+        max_completion_tokens=5, n=16, seed=-1, top_k=-1, min_p=0.1, repetition_penalty=1.1, logit_bias={"7": -100},
+        frequency_penalty=0.5, temperature=0.2, tools=[chat_tool("f", strict=True)], parallel_tool_calls=False,
+        stop=["\n"], user_id="u1", top_logprobs=0, logprobs=False,
+    )  # fmt: skip
+    told = call.input.messages
+    assert [message.role for message in told] == ["system", "user", "assistant", "tool", "assistant"]
+    assert (told[2].reasoning, told[2].tool_calls[0].arguments, told[4].reasoning) == ("thought", '{"b": 1}', "")
+    assert (call.max_tokens, call.n, call.seed, call.top_k, call.min_p) == (5, 16, 2**63 - 1, 0, 0.1)
+    assert (call.temperature, call.frequency_penalty, call.repetition_penalty) == (0.2, 0.5, 1.1)
+    assert (dict(call.logit_bias), call.parallel_tool_calls, call.user_id, call.logprobs) == (
+        {7: -100.0},
+        False,
+        "u1",
+        None,
+    )
+    assert call.input.tools[0].strict
+    assert call.thinking and call.input.effort == "high"
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinking", "effort"),
+    [
+        ({}, True, "high"),
+        ({"thinking": OFF}, False, "high"),
+        ({"reasoning_effort": "none"}, False, "high"),
+        ({"reasoning_effort": "none", "thinking": {"type": "enabled"}}, True, "high"),
+        ({"reasoning_effort": "ultra"}, True, "max"),
+        ({"chat_template_kwargs": {"thinking": False}}, False, "high"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False, "high"),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}}, True, "low"),
+        ({"chat_template_kwargs": {"thinking": False}, "thinking": {"type": "enabled"}}, True, "high"),
+    ],
+)
+def test_thinking_and_effort_follow_whichever_word_the_client_uses(fields, thinking, effort):
+    conversation = read(**fields).input
+    assert (conversation.thinking, conversation.effort) == (thinking, effort)
+
+
+def test_a_call_can_be_forced_while_thinking_unless_the_rules_are_the_hosted_ones():
+    tools = [chat_tool("f"), chat_tool("g")]
+    call = read(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}})
+    assert (call.tool_choice, call.tool_name, call.input.must_call, len(call.input.tools)) == ("named", "g", True, 2)
+    error = refusal(HOSTED, tools=tools, tool_choice="required")
+    assert error.message == "Thinking mode does not support this tool_choice"
+
+
+def test_allowed_tools_hide_the_others():
+    choice = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "g"}}]},
+    }
+    call = read(tools=[chat_tool("f"), chat_tool("g")], tool_choice=choice)
+    assert ([tool.name for tool in call.input.tools], call.tool_choice) == (["g"], "required")
+
+
+def test_tool_choice_none_takes_the_tools_out_of_the_prompt():
+    call = read(tools=[chat_tool("f")], tool_choice="none")
+    assert (call.input.tools, call.tool_choice) == ((), "none")
+
+
+def test_every_answer_format_is_read():
+    assert read(response_format={"type": "text"}).input.answer_format is None
+    assert read(response_format={"type": "json_object"}).input.answer_format.kind == "json_object"
+    form = read(
+        response_format={"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    ).input.answer_format
+    assert (form.kind, form.schema) == ("json_schema", {"type": "object"})
+    form = read(response_format={"type": "regex", "regex": "a+"}).input.answer_format
+    assert (form.kind, form.regex) == ("regex", "a+")
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_a_field_that_would_change_the_answer_is_refused_by_its_name(name):
+    error = refusal(**{name: "given"})
+    assert error.status == 400
+    assert name in error.message
+    assert error.param == name
+    assert read(HOSTED, **{name: "given"}).ignored == (name,)
+    for neutral in UNSUPPORTED[name].neutral:
+        assert read(**{name: neutral}).ignored == (name,)
+
+
+def test_harmless_and_unknown_fields_are_ignored_and_reported():
+    names = [name for name in HARMLESS if "." not in name]
+    call = read(**dict.fromkeys(names, "given"), surprise=1, user_id="me", nothing=None, **{"bad\r\nname": 1, "é": 2})
+    assert set(call.ignored) == {*names, "surprise"}
+
+
+def test_a_refusal_names_the_field_what_was_given_and_what_is_allowed():
+    error = refusal(temperature="hot" * 100)
+    assert error.message.startswith('temperature must be a number, not "hothot')
+    assert len(error.message) < 120
+    assert (error.status, error.param) == (400, "temperature")
+    hosted = refusal(HOSTED, temperature="hot")
+    assert hosted.status == 422
+    assert hosted.message.startswith("Failed to deserialize the JSON body into the target type: temperature")
+    assert refusal(messages=[{"role": "user", "content": [{"type": "image_url"}]}]).message.startswith(
+        "messages[0].content[0]: parts of type image_url are not supported"
+    )
+    assert refusal(n=17).message == "Invalid n value 17, the valid range of n is [1, 16]"
+    assert "holds half of a surrogate pair" in refusal(user="\ud800").message
+    assert "254 levels" in refusal(metadata=json.loads("[" * 300 + "]" * 300)).message
+
+
+def test_only_the_models_name_is_beyond_this_module():
+    assert read(model="anything at all").model == "anything at all"
+    assert models_body(["a", "b"], created=5)["data"][1] == {
+        "id": "b", "object": "model", "created": 5, "owned_by": "longreach",
+    }  # fmt: skip
+
+
+# ---- replies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asks_for_usage", [False, True])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_chunks_and_whole_replies_equal_those_of_deepseeks_package_field_by_field(name, asks_for_usage):
+    thinking, texts, finish = ANSWERS[name]
+    request = body(tools=[chat_tool("f")], thinking={"type": "enabled" if thinking else "disabled"}, stream=True)
+    if asks_for_usage:
+        request["stream_options"] = {"include_usage": True}
+    theirs, whole = package_stream(
+        recipe.ChatCompletionRequest, recipe.ChatCompletionResponse, request, texts, finish
+    )  # fmt: skip
+    call, events = OPENAI_CHAT.read(request, HOSTED), answer_events(name)
+    stream = streamed(OPENAI_CHAT, call, events)
+    # The package counts reasoning only where it sees token ids.
+    varying = ("id", "created", "completion_tokens_details")
+    assert without(frames(stream), *varying) == without(theirs, *varying)
+    assert stream.endswith(b"data: [DONE]\n\n")
+    ours = OPENAI_CHAT.whole(call, HEAD, collect(events), usage_of(events))
+    assert without(ours, *varying) == without(whole, *varying)
+
+
+def token(text: str, *others: str) -> TokenLogprob:
+    top = tuple(TokenLogprob(other.encode(), -1.5) for other in others)
+    return TokenLogprob(text.encode(), -0.5, top)
+
+
+def test_log_probabilities_stand_beside_reasoning_and_content():
+    call = read(logprobs=True, top_logprobs=1, stream=True)
+    events = [
+        Reasoning("r", (token("r", "q"),)),
+        Content("é", (TokenLogprob(b"\xc3", -1.0), TokenLogprob(b"\xa9", -2.0))),
+        Finish("stop", completion_tokens=3),
+    ]
+    chunks = [chunk["choices"][0]["logprobs"] for _, chunk in frames(streamed(OPENAI_CHAT, call, events))]
+    entry = {
+        "token": "r",
+        "logprob": -0.5,
+        "bytes": [114],
+        "top_logprobs": [{"token": "q", "logprob": -1.5, "bytes": [113]}],
+    }
+    assert chunks[1] == {"reasoning_content": [entry]}
+    assert [part["token"] for part in chunks[2]["content"]] == ["\\xc3", "\\xa9"]
+    assert chunks[3] is None
+    whole = OPENAI_CHAT.whole(call, HEAD, collect(events), Usage(1, 0, 3, 1))["choices"][0]["logprobs"]
+    assert (len(whole["content"]), whole["reasoning_content"]) == (2, [entry])
+    ChatCompletion.model_validate(OPENAI_CHAT.whole(call, HEAD, collect(events), Usage(1, 0, 3, 1)))
+
+
+def test_with_several_answers_usage_comes_with_the_last_that_finishes():
+    call = read(n=2, thinking=OFF, stream=True, stream_options={"include_usage": True})
+    events: list[Event] = [
+        Content("b", choice=1), Content("a", choice=0), Finish("stop", choice=1), Content("a"), Finish("length", choice=0),
+    ]  # fmt: skip
+    chunks = [chunk for _, chunk in frames(streamed(OPENAI_CHAT, call, events, Usage(3, 1, 4)))]
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [0, 1, 1, 0, 1, 0, 0]
+    assert [chunk["usage"] is None for chunk in chunks] == [True] * 6 + [False]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[4:]] == ["stop", None, "length"]
+    whole = OPENAI_CHAT.whole(call, HEAD, collect(events, 2), Usage(3, 1, 4))
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["aa", "b"]
+
+
+def test_a_chunk_of_text_takes_a_few_microseconds():
+    writer = OPENAI_CHAT.stream(read(stream=True), HEAD)
+    event = Content(" word")
+    best = 1.0
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(2000):
+            writer.event(event)
+        best = min(best, (time.perf_counter() - started) / 2000)
+    assert best < 6e-6
+
+
+# ---- completions ----------------------------------------------------------------------------------------------------
+
+
+def fim(rules: Rules = LENIENT, **fields: Any) -> Call:
+    return OPENAI_COMPLETIONS.read({"model": MODEL, "prompt": "def f(", **fields}, rules)
+
+
+def test_a_completion_is_read_as_editors_send_it():
+    call = fim(suffix="\n", max_tokens=64, temperature=0.1, top_p=1, presence_penalty=0, stop=["\n\n"], stream=True)
+    assert call.input == FillIn("def f(", "\n")
+    assert (call.max_tokens, call.temperature, call.stop, call.stream, call.thinking) == (
+        64,
+        0.1,
+        ("\n\n",),
+        True,
+        False,
+    )
+    assert fim(prompt=["one"], suffix="").input == FillIn("one")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt holds 2 texts"),
+        ({"prompt": [1, 2]}, "prompt holds token ids"),
+        ({"prompt": [[1, 2]]}, "prompt holds token ids"),
+        ({"prompt": None}, "prompt must be a string, not null"),
+        ({"best_of": 3}, "best_of is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported: use /chat/completions"),
+        ({"logprobs": 3, "echo": True}, "logprobs together with echo"),
+        ({"logprobs": 21}, "the valid range of logprobs is [0, 20]"),
+    ],
+)
+def test_a_completion_that_cannot_be_served_is_refused_by_name(fields, words):
+    with pytest.raises(ApiError) as caught:
+        fim(**fields)
+    assert words in caught.value.message
+
+
+def test_a_completion_is_echoed_and_measured_in_the_older_form():
+    events = [
+        Content("né", (token("n", "m"), token("é"))),
+        Content("w", (token("w"),)),
+        Finish("length", completion_tokens=3),
+    ]
+    call = fim(logprobs=2, stream=True)
+    chunks = [chunk for _, chunk in frames(streamed(OPENAI_COMPLETIONS, call, events))]
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["né", "w", ""]
+    assert chunks[0]["choices"][0]["logprobs"] == {
+        "tokens": ["n", "é"], "token_logprobs": [-0.5, -0.5], "top_logprobs": [{"m": -1.5}, {}], "text_offset": [0, 1],
+    }  # fmt: skip
+    assert chunks[1]["choices"][0]["logprobs"]["text_offset"] == [2]
+    assert chunks[2]["usage"]["total_tokens"] == 13
+    echoed = fim(echo=True)
+    whole = OPENAI_COMPLETIONS.whole(echoed, HEAD, collect(events), usage_of(events))
+    assert whole["choices"][0]["text"] == "def f(néw"
+    assert Completion.model_validate(whole).choices[0].finish_reason == "length"
+    assert frames(OPENAI_COMPLETIONS.stream(echoed, HEAD).begin())[0][1]["choices"][0]["text"] == "def f("
+
+
+# ---- the real SDK ---------------------------------------------------------------------------------------------------
+
+CALLS: list[Event] = [
+    Reasoning("look it up"), ToolBegin(0, "call_00_x", "weather"), ToolArguments(0, '{"city": '), ToolArguments(0, '"Oslo"}'),
+    ToolEnd(0), Finish("tool_calls", completion_tokens=9),
+]  # fmt: skip
+SPEECH: list[Event] = [
+    Reasoning("hm"),
+    Reasoning("m"),
+    Content("he"),
+    Content("llo"),
+    Finish("stop", completion_tokens=5),
+]
+
+
+def sdk(answer: list[Event] | ApiError, dialect: Any = OPENAI_CHAT) -> openai.OpenAI:
+    client = transport(dialect, lambda call: answer)
+    return openai.OpenAI(api_key="k", base_url="http://here/v1", http_client=client, max_retries=0)
+
+
+def test_the_openai_sdk_reads_a_whole_reply():
+    reply = sdk(SPEECH).chat.completions.create(
+        model=MODEL, messages=[USER], extra_body={"thinking": {"type": "enabled"}}
+    )
+    message = reply.choices[0].message
+    assert (message.content, message.reasoning_content, reply.choices[0].finish_reason) == ("hello", "hmm", "stop")
+    assert (reply.usage.prompt_tokens, reply.usage.prompt_cache_hit_tokens, reply.usage.prompt_cache_miss_tokens) == (
+        10,
+        4,
+        6,
+    )
+    assert reply.usage.completion_tokens_details.reasoning_tokens == 1
+    assert reply.usage.prompt_tokens_details.cached_tokens == 4
+
+
+def test_the_openai_sdk_streams_chunks():
+    chunks = list(
+        sdk(SPEECH).chat.completions.create(
+            model=MODEL, messages=[USER], stream=True, stream_options={"include_usage": True}
+        )
+    )
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "hmm"
+    assert "".join(delta.content or "" for delta in deltas) == "hello"
+    assert [chunk.usage is None for chunk in chunks] == [True] * 5 + [False]
+
+
+def test_the_openai_sdk_accumulates_a_tool_call_and_its_loop_goes_on():
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False,
+    }, "strict": True}}]  # fmt: skip
+    with sdk(CALLS).chat.completions.stream(model=MODEL, messages=[USER], tools=tools) as stream:
+        kinds = [event.type for event in stream]
+        message = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.done" in kinds
+    assert message.tool_calls[0].function.parsed_arguments == {"city": "Oslo"}
+    history = [USER, message.to_dict(), {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}]
+    heard: list[Call] = []
+    client = transport(OPENAI_CHAT, lambda call: heard.append(call) or SPEECH)
+    openai.OpenAI(api_key="k", base_url="http://here", http_client=client).chat.completions.create(
+        model=MODEL, messages=history, tools=tools
+    )
+    assistant = heard[0].input.messages[1]
+    assert (assistant.reasoning, assistant.tool_calls[0].arguments) == ("look it up", '{"city": "Oslo"}')
+
+
+def test_the_openai_sdk_parses_json_of_a_schema():
+    events = [Content('{"city": "Oslo"}'), Finish("stop")]
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": {"type": "object"}, "strict": True}}
+    reply = sdk(events).chat.completions.create(model=MODEL, messages=[USER], response_format=form)
+    assert json.loads(reply.choices[0].message.content) == {"city": "Oslo"}
+
+
+def test_the_openai_sdk_raises_what_was_refused():
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk(SPEECH).chat.completions.create(model=MODEL, messages=[], stream=True)
+    assert caught.value.body["message"] == "Empty input messages"
+    assert caught.value.code == "invalid_request_error"
+    with pytest.raises(openai.RateLimitError):
+        sdk(ApiError(429, "slower")).chat.completions.create(model=MODEL, messages=[USER])
+    poor = ApiError(402, "Insufficient Balance", type="unknown_error")
+    with pytest.raises(openai.APIStatusError) as refused:
+        sdk(poor).chat.completions.create(model=MODEL, messages=[USER])
+    assert refused.value.status_code == 402
+
+
+@pytest.mark.parametrize("dialect", [OPENAI_CHAT, OPENAI_COMPLETIONS])
+def test_the_openai_sdk_raises_an_error_that_comes_after_the_stream_began(dialect):
+    client = sdk(ApiError(503, "went away", type="server_error", code="overloaded"), dialect)
+    if dialect is OPENAI_CHAT:
+        stream: Any = client.chat.completions.create(model=MODEL, messages=[USER], stream=True)
+    else:
+        stream = client.completions.create(model=MODEL, prompt="x", stream=True)
+    with pytest.raises(openai.APIError, match="went away"):
+        list(stream)
+
+
+def test_the_openai_sdk_completes_a_text():
+    client = sdk([Content("x):"), Finish("stop", completion_tokens=1)], OPENAI_COMPLETIONS)
+    reply = client.completions.create(model=MODEL, prompt="def f(", suffix="\n    return x")
+    assert (reply.choices[0].text, reply.usage.total_tokens) == ("x):", 11)
+    pieces = list(client.completions.create(model=MODEL, prompt="def f(", stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == "x):"
+
+
+# ---- mangled bodies -------------------------------------------------------------------------------------------------
+
+
+def test_two_thousand_mangled_chats_are_read_or_refused_and_nothing_else():
+    rng = random.Random(3)
+    rich = body(
+        messages=[*random_messages(rng), USER, assistant_call("a"), result("a")], tools=[chat_tool("f", strict=True)],
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+        logit_bias={"5": 1}, stop=["a"], stream=True, stream_options={"include_usage": True}, logprobs=True, top_logprobs=2,
+        chat_template_kwargs={"thinking": True}, tool_choice={"type": "function", "function": {"name": "f"}}, user_id="u",
+    )  # fmt: skip
+    bodies = [rich, *(random_request(rng) for _ in range(30)), *(body(**fault) for fault in FAULTS)]
+    read_count, refused = survives(OPENAI_CHAT, bodies, 5, 2000)
+    assert min(read_count, refused) > 150
+
+
+def test_two_thousand_mangled_completions_are_read_or_refused_and_nothing_else():
+    request = {"model": MODEL, "prompt": "x", "suffix": "y", "logprobs": 2, "echo": False, "n": 2, "stop": ["a", "b"],
+               "logit_bias": {"5": 1}, "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}  # fmt: skip
+    read_count, refused = survives(OPENAI_COMPLETIONS, [request], 7, 2000)
+    assert min(read_count, refused) > 150

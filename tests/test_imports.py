@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"native", "ops", "errors"},
     # text
     "tokenizer": BASE,
+    "chat": BASE | {"tokenizer"},
     # services: independent of one another
     "data": BASE | {"tokenizer"},
     "optim": {"errors"},
@@ -34,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": BASE | {"model"},
     "bench": BASE | {"checkpoint", "engine", "model", "native", "ops", "optim", "plan", "tokenizer"},
     "generate": BASE | {"engine", "native", "tokenizer"},
-    "chat": BASE | {"engine", "generate", "tokenizer"},  # stands on generate: its options and its clock
+    "terminal": BASE | {"chat", "engine", "generate", "tokenizer"},  # stands on generate: its options and its clock
+    "server": BASE | {"chat", "engine", "model", "native", "tokenizer"},
     # above the applications
     "journey": BASE
     | {"bench", "checkpoint", "data", "engine", "generate", "model", "ops", "optim", "plan", "tokenizer", "train"},

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from longreach.cli import COMMANDS, Command, main
+from longreach.cli import main
 from longreach.errors import RequestError
 from longreach.server.database import FILE_NAME, LedgerError, open_database
 from longreach.server.keys import NO_KEY, Key, KeyStore, digest_of, new_secret
@@ -309,14 +309,8 @@ def test_a_random_walk_of_the_limiter_agrees_with_a_plain_model():
 
 
 @pytest.fixture
-def longreach(capsys, monkeypatch, tmp_path):
+def longreach(capsys, tmp_path):
     """The command line on a server directory of its own: exit code, stdout, stderr."""
-    module = "longreach.server.keys_command"
-    for verb, options, function in (
-        ("keys add", "AddOptions", "add"), ("keys list", "ListOptions", "list_keys"),
-        ("keys revoke", "RevokeOptions", "revoke"), ("keys topup", "TopUpOptions", "top_up"),
-    ):  # fmt: skip
-        monkeypatch.setitem(COMMANDS, verb, Command(module, options, "", function))
 
     def run(*words: str):
         code = main([*words, "--server", str(tmp_path / "server")])

@@ -105,6 +105,13 @@ def test_a_period_named_alone_holds_at_all_times_with_its_peak_hours():
     assert per_million("current", PRO, "2026-05-20T05:00Z") == OFF_PEAK
 
 
+def test_a_table_knows_how_finely_its_prices_change(tmp_path):
+    assert [find_table(name).step_minutes for name in ("hosted", "hosted-cny", "launch")] == [15, 60, 60]
+    path = tmp_path / "own.json"
+    path.write_text('{"periods": [{"from": "2026-03-01T00:07Z", GOOD}]}'.replace("GOOD", GOOD))
+    assert find_table(str(path)).step_minutes == 1
+
+
 def test_every_builtin_price_names_its_source():
     for table in builtin_tables().values():
         assert all(len(period.source) > 20 for period in table.periods)

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from longreach.terminal import Conversation, LiveText
+from longreach.chat.modes import ABSOLUTE
 from longreach.checkpoint.save import save_model
 from longreach.engine.engine import Engine
 from longreach.engine.sampler import Sampled, Sampler
 from longreach.errors import RequestError
 from longreach.model.config import ModelConfig
 from longreach.model.transformer import Transformer
+from longreach.terminal import Conversation, LiveText, Mode
 from longreach.tokenizer.bpe import Tokenizer
-from longreach.tokenizer.special import ASSISTANT, BOS, EOS, THINK_END, USER
+from longreach.tokenizer.special import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER
 
 CONTEXT = 160
 
@@ -146,7 +147,9 @@ def test_the_same_lines_give_the_same_conversation(chat):
 def test_every_turn_draws_with_a_seed_of_its_own(chat, monkeypatch):
     seeds, submit = [], Engine.submit
     monkeypatch.setattr(
-        Engine, "submit", lambda self, p, params: (seeds.append(params.seed), submit(self, p, params))[1]
+        Engine,
+        "submit",
+        lambda self, p, params, **more: (seeds.append(params.seed), submit(self, p, params, **more))[1],
     )
     chat(["a", "b", "/undo", "c", "/set seed null", "d"], "--seed", 7)
     assert seeds == [7, 8, 8, None]
@@ -161,6 +164,94 @@ def test_a_tokenizer_without_marks_chats_plainly(saved, unmarked, prompts, tmp_p
     assert result.code == 0
     assert "this tokenizer has no marks for turns" in result.err
     assert prompts == [[unmarked.bos_id, *unmarked.encode("def")]]
+
+
+# ---- thinking -------------------------------------------------------------------------------------------------------
+
+
+def answer_tokens(tokenizer: Tokenizer, *parts: str) -> list[int]:
+    """Token ids of texts and of special tokens spelled out, one part after the other."""
+    return [
+        i for part in parts for i in ([tokenizer.special_ids.get(part)] if part in MARKS else tokenizer.encode(part))
+    ]
+
+
+MARKS = (THINK_END, EOS, USER)
+
+
+def test_reasoning_goes_to_stderr_and_the_answer_alone_to_stdout(chat, prompts, tokenizer, monkeypatch):
+    answer = ["return", THINK_END, " a + b", EOS]
+    draw(monkeypatch, answer_tokens(tokenizer, *answer, *answer))
+    result = chat(["def add", "more"], "--thinking", max_tokens=20)
+    assert (result.code, result.out) == (0, " a + b\n a + b\n")
+    assert result.err.count("return") == 2
+    text = [tokenizer.decode(prompt) for prompt in prompts]
+    assert text[0] == f"{BOS}{USER}def add{ASSISTANT}{THINK_START}"
+    assert text[1] == f"{BOS}{USER}def add{ASSISTANT}{THINK_END} a + b{EOS}{USER}more{ASSISTANT}{THINK_START}"
+    # All but the think token of the turn before is known to the cache.
+    assert prompts[1][: len(prompts[0]) - 1] == prompts[0][:-1]
+
+
+def test_an_answer_after_reasoning_keeps_its_very_tokens(tokenizer):
+    conversation = Conversation(tokenizer, mode=Mode(thinking=True))
+    letters = [tokenizer.encode(letter)[0] for letter in "return"]
+    assert letters != tokenizer.encode("return")
+    conversation.add("a", "return", [*tokenizer.encode("b"), tokenizer.special_id(THINK_END), *letters, 1], "b")
+    assert conversation.exchanges[0].answer_ids == letters
+    conversation.add("a", "", tokenizer.encode("b"), "b")  # stopped while it was thinking
+    assert conversation.exchanges[1].answer_ids == []
+
+
+def test_a_saved_conversation_keeps_its_reasoning(tokenizer, tmp_path):
+    conversation = Conversation(tokenizer, mode=Mode(thinking=True))
+    conversation.add("a", "c", answer_tokens(tokenizer, "b", THINK_END, "c"), "b")
+    conversation.save(tmp_path / "chat.json")
+    again = Conversation.load(tmp_path / "chat.json", tokenizer, mode=Mode(thinking=True))
+    assert again.exchanges == conversation.exchanges
+
+
+def test_the_effort_is_told_by_the_text_of_the_weights_revision(chat, prompts, tokenizer):
+    result = chat(["a"], "--effort", "max", "--effort-texts", "preview")
+    assert prompts == [] and "shorten the line" in result.err  # that text alone is longer than this model's context
+    conversation = Conversation(tokenizer, "S", mode=Mode(True, "max", "preview"))
+    assert tokenizer.decode(conversation.prompt("a")) == f"{BOS}{ABSOLUTE}S{USER}a{ASSISTANT}{THINK_START}"
+
+
+def test_a_stop_string_is_looked_for_in_the_answer_alone(chat, tokenizer, monkeypatch):
+    draw(monkeypatch, answer_tokens(tokenizer, "END", THINK_END, "a", "END", "b"))
+    result = chat(["x"], "--thinking", "--stop", "END", max_tokens=20)
+    assert result.out == "a\n"
+
+
+def test_another_turns_mark_ends_an_answer(chat, tokenizer, monkeypatch):
+    draw(monkeypatch, answer_tokens(tokenizer, "a", USER, "b"))
+    assert chat(["x"], max_tokens=20).out == "a\n"
+
+
+@pytest.mark.usefixtures("_redraw_always")
+def test_reasoning_stands_dim_above_the_answer_on_a_terminal():
+    terminal = Terminal(width=12, height=8)
+    with LiveText(terminal, terminal) as live:
+        live.write_dim("I think\nso")
+        live.note("3 tokens")
+        live.write_dim("mehow")
+        live.write("Yes.")
+        assert terminal.lines()[:5] == ["I think", "somehow", "Yes.", "3 tokens", ""]
+    assert terminal.lines()[:5] == ["I think", "somehow", "Yes.", "", ""]
+
+
+@pytest.mark.usefixtures("_redraw_always")
+def test_no_note_overwrites_reasoning_on_stderr_while_stdout_goes_elsewhere():
+    file, terminal = io.StringIO(), Terminal(12, 4)
+    with LiveText(file, terminal) as live:
+        live.note("reading")
+        live.write_dim("so")
+        live.note("2 tokens")
+        assert terminal.lines() == ["so", "", "", ""]
+        live.write("Yes.")
+        live.note("3 tokens")
+        assert terminal.lines() == ["so", "3 tokens", "", ""]
+    assert (file.getvalue(), terminal.lines()) == ("Yes.", ["so", "", "", ""])
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -313,8 +404,8 @@ def test_a_second_interrupt_leaves(chat, monkeypatch, tokenizer):
 def test_an_answer_stopped_before_its_first_token_leaves_no_trace(chat, prompts, monkeypatch):
     before = Engine.submit
 
-    def submit(self, prompt, params):
-        request = before(self, prompt, params)
+    def submit(self, prompt, params, **more):
+        request = before(self, prompt, params, **more)
         if len(prompts) == 1:
             self.cancel(request.id)
         return request
@@ -346,9 +437,9 @@ def test_a_model_that_begins_a_turn_of_its_own_is_stopped(chat, monkeypatch, tok
 def test_a_failed_answer_is_said_and_the_chat_goes_on(chat, monkeypatch):
     accept, calls = Engine._accept, []
 
-    def fail_first(self, request, answers):
+    def fail_first(self, request, *more):
         calls.append(0)
-        return accept(self, request, answers) if len(calls) > 1 else self._fail(request, "no luck")
+        return accept(self, request, *more) if len(calls) > 1 else self._fail(request, "no luck")
 
     monkeypatch.setattr(Engine, "_accept", fail_first)
     result = chat(["a", "b"])
@@ -369,6 +460,8 @@ def test_a_disk_cache_knows_a_conversation_of_another_day(chat, tmp_path):
     [
         (["--load", "absent.json"], "absent.json cannot be read"),
         (["--load", "absent.json", "--system", "x"], "--system cannot be given with --load"),
+        (["--thinking", "--plain"], "--thinking and --effort need turns"),
+        (["--effort", "low"], "--effort low is told to a model by a text"),
         (["--top-p", "0"], "top_p 0.0 must be above 0"),
         (["--device", "tpu"], "unknown device"),
         (["--json"], "--json"),

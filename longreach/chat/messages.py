@@ -63,10 +63,11 @@ class Message:
     Attributes:
         reasoning: what an assistant thought before it answered; None: not recorded, "": recorded and empty.
         tool_calls: of an assistant, after its content.
-        tool_call_id: of a tool's answer: the call it answers.
+        tool_call_id: of a tool's answer: the call it answers; "": the next one in order.
         tools: tools announced at this system or developer message, besides those of the conversation.
         schema: JSON Schema announced at this message, besides the conversation's `answer_format`.
-        task: of a user message: a quick instruction (`title`, `query`, …) asked in place of an answer.
+        task: of a user message: a quick instruction (`query`, `action`, …) asked in place of an answer; of an assistant's
+            (`title`): asked behind it. The message after it is the reply.
         is_open: of a last assistant message: it is the beginning of the answer and the model goes on from its end.
     """
 
@@ -104,7 +105,8 @@ class Conversation:
     Attributes:
         tools: announced at the first system message (an empty one if there is none).
         thinking: whether the answer begins with reasoning.
-        must_call: the answer has to be tool calls: without thinking, the prompt ends with their block already opened.
+        must_call: the answer has to be tool calls: without thinking, the prompt ends with their block already opened
+            (in the hosted layout also with thinking, as the vendor renders what its API refuses).
     """
 
     messages: tuple[Message, ...]

@@ -173,7 +173,7 @@ class AnswerReader:
         self._held_content = ""  # may turn out to be the beginning of a stop string
         self._block = self._new_block(0) if must_call else None
         self._num_calls = 0  # of the blocks that are closed
-        self._blank_after_block: str | None = None  # None: there was no block, or there is text behind it
+        self._blank_after_block: list[str] | None = None  # None: there was no block, or there is text behind it
 
     def text(self, text: str) -> None:
         """Ordinary text."""
@@ -226,13 +226,12 @@ class AnswerReader:
         """Content, as far as no stop string can begin in it."""
         if self._blank_after_block is not None:
             # White space alone after a block is layout; with text behind it, it is content.
-            text = self._blank_after_block + text
-            self._blank_after_block = text
-            if text.strip(_WHITE):
-                self.problems.append("there is text after the tool calls")
-                self._blank_after_block, self.part = None, "content"
-            else:
+            self._blank_after_block.append(text)
+            if not text.strip(_WHITE):
                 return
+            text = "".join(self._blank_after_block)
+            self.problems.append("there is text after the tool calls")
+            self._blank_after_block, self.part = None, "content"
         for place, character in enumerate(text) if self._stops else ():
             complete = [stop.text for stop in self._stops if stop.advance(character)]
             if complete:
@@ -261,7 +260,7 @@ class AnswerReader:
             is_certain = self._block.is_closed
             if is_certain:
                 self._num_calls += self._block.num_calls
-                self._block, self._blank_after_block = None, ""
+                self._block, self._blank_after_block = None, []
 
     def _find_block(self) -> bool:
         """Say what surely is content. Whether what is held then can be read on without more text."""
@@ -332,8 +331,8 @@ class _Block:
         self._name: str | None = None  # of the parameter that is open
         self._is_string: bool | None = None  # None: the tag did not say
         self._value: list[str] = []  # of a parameter that is not known to be a string
-        self._stray = ""  # not understood, to be given back after the call
-        self._blank = ""
+        self._stray: list[str] = []  # not understood, to be given back after the call
+        self._blank: list[str] = []  # white space that may be part of it
         self._is_astray = False
 
     def read(self, held: str) -> str:
@@ -410,7 +409,7 @@ class _Block:
             self._begin_value(tag["name"], tag["string"])
         else:
             return False
-        self._is_astray, self._blank = False, ""
+        self._is_astray, self._blank = False, []
         return True
 
     # ---- calls and values -------------------------------------------------------------------------------------------
@@ -495,20 +494,20 @@ class _Block:
             text = text.lstrip(_WHITE)
         kept = text.rstrip(_WHITE)
         if not kept:
-            self._blank += text
+            self._blank.append(text)
             return
         if not self._is_astray:
             self._problem("there is text between the tags")
         self._is_astray = True
-        self._stray += self._blank + kept
-        self._blank = text[len(kept) :]
+        self._stray += [*self._blank, kept]
+        self._blank = [text[len(kept) :]]
         if self._index is None:
             self._flush()
 
     def _flush(self) -> None:
         if self._stray:
-            self._out.append(ContentText(self._stray))
-            self._stray = ""
+            self._out.append(ContentText("".join(self._stray)))
+            self._stray = []
 
     def _problem(self, problem: str) -> None:
         self._problems.append(problem)

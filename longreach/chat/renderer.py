@@ -16,7 +16,7 @@ Source: DeepSeek-V4's published chat encoder; deepseek-recipe 0.2.0, observed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -81,13 +81,36 @@ class Prompt:
         """All of it, special tokens spelled out."""
         return "".join(piece.text for piece in self.pieces)
 
-    def encode(self, tokenizer: Tokenizer) -> list[int]:
+    @cached_property
+    def key(self) -> str:
+        """Its text, in which a special token differs from the same letters as text: no text has a lone surrogate."""
+        return "".join("\ud800" + piece.text if piece.is_special else piece.text for piece in self.pieces)
+
+    def encode(
+        self, tokenizer: Tokenizer, known: Callable[[str], Sequence[int] | None] | None = None
+    ) -> list[int]:
         """Its token ids. Text between two special tokens is encoded as a whole, and never becomes a special token.
+
+        Args:
+            known: tokens of a part of an earlier answer, by its `key`, where they are not those that encoding would give:
+                the ones the model wrote.
 
         Raises:
             RequestError: the tokenizer lacks a special token of the prompt, or a text is not valid Unicode.
         """
-        return [token for ids, _ in self._runs(tokenizer) for token in ids]
+        if known is None:
+            return [token for ids, _ in self._runs(tokenizer) for token in ids]
+        ids: list[int] = []
+        rest: list[Piece] = []
+        for part, is_answer in _parts(self.pieces):
+            found = known(Prompt(tuple(part)).key) if is_answer else None
+            if found is None:
+                rest += part
+            else:
+                ids += Prompt(tuple(rest)).encode(tokenizer)
+                ids += found
+                rest = []
+        return ids + Prompt(tuple(rest)).encode(tokenizer)
 
     def encode_with_loss(self, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
         """Its token ids, and for each whether the model has to produce it. A token on the border belongs to its first byte.
@@ -121,6 +144,35 @@ class Prompt:
         texts = iter(tokenizer.encode_batch(plain))
         for run in runs:
             yield ([tokenizer.special_id(run[0].text)] if run[0].is_special else next(texts)), run
+
+
+LIMITS = frozenset({BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END, LATEST_REMINDER, *TASKS.values()})
+"""Special tokens between the parts of a conversation; the mark inside the tags of tool calls is none of them."""
+
+
+def _parts(pieces: Iterable[Piece]) -> Iterator[tuple[list[Piece], bool]]:
+    """Pieces from one limit to the next, each limit alone, and whether they are a finished part of an answer."""
+    part: list[Piece] = []
+    before = ""
+    for piece in pieces:
+        if piece.is_special and piece.text in LIMITS:
+            if part:
+                yield part, before in (THINK_START, THINK_END) and piece.text in (THINK_END, EOS)
+            yield [piece], False
+            part, before = [], piece.text
+        else:
+            part.append(piece)
+    if part:
+        yield part, False
+
+
+def answer_parts(message: Message) -> list[Prompt]:
+    """The parts of an assistant's message as `render` writes them: reasoning where there is any, content and calls."""
+    parts = [] if message.reasoning is None else [(Piece(message.reasoning),)]
+    rest = [Piece(message.content)] if message.content else []
+    if message.tool_calls:
+        rest += [Piece(text, is_special) for text, is_special in call_parts(message.tool_calls)]
+    return [Prompt(part) for part in (*parts, tuple(rest))]
 
 
 class _Writer:

@@ -16,6 +16,7 @@ second; only a token that opens something new needs a walk.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -60,8 +61,8 @@ class Habit(NamedTuple):
 
 _RISING = bytes(range(256))
 HABITS = (
-    Habit(b'}])>,:0123456789"ntfabcdefghijklmopqrsuvwxyz', b'"abcdefghijklmnopqrstuvwxyz0123456789', varies=False),
-    Habit(b'}])>,:0123456789"ntf', b'"<\n', varies=True),
+    Habit(b'/}])><,:0123456789"ntfabcdefghijklmopqrsuvwxyz[{', b'"abcdefghijklmnopqrstuvwxyz0123456789', varies=False),
+    Habit(b'/}])><,:0123456789"ntf[{', b'"<\n', varies=True),
     Habit(_RISING, _RISING, varies=True),
     Habit(_RISING[::-1], _RISING[::-1], varies=True),
 )
@@ -69,10 +70,15 @@ HABITS = (
 
 
 def _scores(order: bytes, count: int) -> np.ndarray:
-    """Of `count` symbols, the lowest the most welcome, int64: special tokens, then the bytes in their order."""
-    scores = np.zeros(count, dtype=np.int64)
-    scores[:256] = [order.find(byte) + 1 if byte in order else 300 + byte for byte in range(256)]
+    """Of `count` symbols, the lowest the most welcome, int64: the slash of a closing tag, special tokens, other bytes."""
+    scores = np.ones(count, dtype=np.int64)
+    scores[:256] = [order.find(byte) + 2 if byte in order else 300 + byte for byte in range(256)]
+    if order.startswith(b"/"):
+        scores[ord("/")] = 0
     return scores
+
+
+_SPECIAL = re.compile(rb"\xff\[([0-9]+)\]")
 
 
 class Spelling:
@@ -100,15 +106,22 @@ class Spelling:
         self.scores = [(_scores(habit.between, count), _scores(habit.inside, count)) for habit in HABITS]
 
     def spell(self, text: bytes) -> list[int]:
-        """A text as symbols."""
-        return [self._byte_ids[byte] for byte in text]
+        """A text as symbols; llguidance writes a special token as the byte 255, which no UTF-8 has, and its id."""
+        if 0xFF not in text:
+            return [self._byte_ids[byte] for byte in text]
+        parts = _SPECIAL.split(text)
+        return [
+            symbol
+            for place, part in enumerate(parts)
+            for symbol in ([int(part)] if place % 2 else [self._byte_ids[byte] for byte in part])
+        ]
 
     def symbols_of(self, tokens: Sequence[int]) -> list[int]:
         """Tokens as symbols; the end mark has none."""
         out: list[int] = []
         for token in tokens:
             if token not in self._special:
-                out += self.spell(self._table[token])
+                out += [self._byte_ids[byte] for byte in self._table[token]]
             elif token != self.eos_id:
                 out.append(token)
         return out
@@ -195,9 +208,10 @@ def find_closing(
     best: list[int] | None = None
     longest = min(LONGEST_BYTES, limit * LONGEST_PIECE)
     # A token of a closing rarely spells more than two choices; what is looked up for every token must not go far.
-    choices = MOST_CHOICES if token is None else min(MOST_CHOICES, 2 * limit + 8)
+    choices = MOST_CHOICES if token is None else min(MOST_CHOICES, 2 * limit + 32)
     for habit in range(len(HABITS)):
-        symbols = _walk(matcher.deep_copy(), spelling, longest, choices, habit, hints)
+        most = choices // 4 if HABITS[habit].varies else choices
+        symbols = _walk(matcher.deep_copy(), spelling, longest, most, habit, hints)
         if symbols is None:
             continue
         found = _completed(matcher, spelling, symbols, limit)
@@ -240,8 +254,9 @@ def _walk(
     for _ in range(choices):
         forced = matcher.compute_ff_bytes()
         if forced:
-            out += spelling.spell(forced)
-            if len(out) > longest or matcher.try_consume_tokens(out[-len(forced) :]) != len(forced):
+            step = spelling.spell(forced)
+            out += step
+            if len(out) > longest or matcher.try_consume_tokens(step) != len(step):
                 return None
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         if matcher.is_error():
@@ -251,9 +266,10 @@ def _walk(
         allowed = (bits[spelling.symbols >> 3] >> (spelling.symbols & 7)) & 1 != 0
         here = allowed.tobytes()
         count = here.count(1, 0, 256)
-        step = _hint(matcher, spelling, allowed, hints, hinted, here) if count > CONTENT else None
+        is_content, is_special = count > CONTENT, 1 in here[256:]
+        step = _hint(matcher, spelling, allowed, hints, hinted, here) if is_content and not is_special else None
         if step is None:
-            scores = spelling.scores[habit][count > CONTENT]
+            scores = spelling.scores[habit][is_content]
             if varies:
                 times = taken.setdefault(here, np.zeros(len(allowed), dtype=np.int64))
                 scores = scores + times * TAKEN - NEW * ~before

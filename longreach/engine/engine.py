@@ -356,6 +356,10 @@ class Engine:
                 self._cancelled.append(request)
 
     @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    @property
     def has_work(self) -> bool:
         return bool(self._incoming or self._cancelled or self.scheduler.waiting or self.scheduler.running)
 

@@ -47,7 +47,7 @@ MOST_STATES = 30_000
 """Places that the automaton of one grammar may have; each takes a few kilobytes."""
 
 MOST_LITERALS = 16
-"""Pieces of a regular expression or a Lark grammar that are tried as the end of free text."""
+"""Pieces of a regular expression that are tried as the end of free text."""
 
 KEPT = 64
 """Compiled grammars kept, of all tokenizers together."""
@@ -124,6 +124,7 @@ def compile_grammar(
     json_schema: Mapping[str, Any] | str | None = None,
     choice: Sequence[str] | None = None,
     lark: str | None = None,
+    ends: Sequence[str] = (),
 ) -> Grammar:
     """Prepare a grammar for the tokens of `tokenizer`. Exactly one form is given.
 
@@ -136,6 +137,7 @@ def compile_grammar(
             object. White space is as in `SEPARATORS`; `"x-guidance": {"whitespace_flexible": true}` in the schema frees it.
         choice: the text is one of these.
         lark: rules in llguidance's variant of Lark; `start` is the whole text.
+        ends: with `lark`: strings that end a free text inside it, such as the tag behind it. They help to find a closing.
 
     Raises:
         RequestError: llguidance is not installed, or the grammar is not one, asks for what is not supported, allows no
@@ -157,11 +159,11 @@ def compile_grammar(
         _check_size(form, len(text.encode(errors="replace")))
         if form == "regex":
             _check_brackets(text)
-    return _compiled(tokenizer, form, text)
+    return _compiled(tokenizer, form, text, tuple(ends))
 
 
 @lru_cache(maxsize=KEPT)
-def _compiled(tokenizer: Tokenizer, form: str, text: str) -> Grammar:
+def _compiled(tokenizer: Tokenizer, form: str, text: str, ends: tuple[str, ...]) -> Grammar:
     try:
         import llguidance
     except ImportError:
@@ -169,13 +171,13 @@ def _compiled(tokenizer: Tokenizer, form: str, text: str) -> Grammar:
             f"{form} needs the library llguidance: pip install 'longreach[grammar]', or leave {form} out"
         ) from None
     matchers = llguidance.LLMatcher
-    hints: tuple[bytes, ...] = ()
+    hints = tuple(end.encode() for end in ends)
     if form == "regex":
-        source, hints = matchers.grammar_from_regex(text), _literals(text)
+        source, hints = matchers.grammar_from_regex(text), literals(text)
     elif form == "json_schema":
         source = matchers.grammar_from_json_schema(text, defaults=SEPARATORS)
     else:
-        source, hints = matchers.grammar_from_lark(text), _literals(text) if form == "lark" else ()
+        source = matchers.grammar_from_lark(text)
     limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
     matcher = matchers(_bind(tokenizer), source, log_level=0, limits=limits)
     if matcher.is_error():
@@ -298,7 +300,7 @@ def _schema_text(schema: Any) -> str:
         _check_size("json_schema", len(schema))
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else dict(schema)
-        _check_nesting(parsed)
+        check_nesting(parsed)
         text = json.dumps(parsed)
     except RecursionError:
         raise RequestError(f"json_schema is nested more than {MOST_DEPTH} deep; make it flatter") from None
@@ -317,8 +319,14 @@ def _check_size(form: str, size: int) -> None:
         raise RequestError(f"{form} of {size} bytes is too large, at most {MOST_BYTES} are allowed; make it simpler")
 
 
-def _check_nesting(schema: Any) -> None:
-    """Level by level, so that nothing recurses before the depth is known."""
+def check_nesting(schema: Any) -> None:
+    """Refuse a JSON schema that is too deep, has too many values, or needs too large an automaton.
+
+    Level by level, so that nothing recurses before the depth is known.
+
+    Raises:
+        RequestError: one line with the value and the limit.
+    """
     level, count, multiples = [schema], 0, 0
     for _ in range(MOST_DEPTH + 1):
         deeper: list[Any] = []
@@ -369,8 +377,8 @@ def _choice_rule(choice: Any) -> str:
     return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choice)
 
 
-def _literals(source: str) -> tuple[bytes, ...]:
-    """Runs of two plain characters and more, longest first: one of them may be what ends free text."""
+def literals(source: str) -> tuple[bytes, ...]:
+    """The runs of two plain characters and more in a regular expression, longest first: one may be what ends a free text."""
     runs = {run for run in re.findall(r"[\w<>/\"'=:;,\-]{2,40}", source) if len(run) > 1}
     return tuple(run.encode() for run in sorted(runs, key=lambda run: (-len(run), run))[:MOST_LITERALS])
 

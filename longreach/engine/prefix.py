@@ -16,6 +16,7 @@ request, or with known blocks behind it, stays.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -103,7 +104,8 @@ class PrefixIndex:
     ) -> None:
         self.pool, self.block, self.limit = pool, block, checkpoint_limit_bytes
         self.on_evict = on_evict
-        self.roots: dict[str, Node] = {}
+        # A root lives as long as a block, a checkpoint or a request hangs on it: tenants that come once leave nothing behind.
+        self.roots: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[Node, None] = OrderedDict()  # a parent is always more recent than its children
         self._held: OrderedDict[Held, None] = OrderedDict()
         self.checkpoint_bytes = 0
@@ -118,10 +120,11 @@ class PrefixIndex:
         return len(self._held)
 
     def root(self, tenant: str) -> Node:
-        """The node before a tenant's first block."""
-        if tenant not in self.roots:
-            self.roots[tenant] = Node(None, (), -1, 0, root_digest(tenant))
-        return self.roots[tenant]
+        """The node before a tenant's first block. Hold it, or something below it, for as long as it shall be the same one."""
+        root = self.roots.get(tenant)
+        if root is None:
+            root = self.roots[tenant] = Node(None, (), -1, 0, root_digest(tenant))
+        return root
 
     def match(self, tenant: str, tokens: Sequence[int]) -> Match:
         """The deepest node and the furthest checkpoint for this text; counts as use of both."""

@@ -52,6 +52,7 @@ from longreach.server.request_rules import (
     read_sampling,
     read_thinking,
     read_user_id,
+    settle_messages,
     settle_tool_choice,
 )
 
@@ -83,6 +84,9 @@ _LARGE = "[1m]"
 
 _BLOCKS = ("text", "image", "document", "thinking", "redacted_thinking", "tool_use", "tool_result", "server_tool_use",
            "web_search_tool_result")  # fmt: skip
+
+
+_SOURCES = {"base64": ("media_type", "data"), "url": ("url",), "file": ("file_id",)}
 
 
 def hosted_model(name: str) -> str:
@@ -122,17 +126,17 @@ class Anthropic:
             _check_kind(kind, i, rules)
             check_tool_name(tool.name, f"tools[{i}].name")
         messages = _check_turns(turns, rules)
-        for tool, _, schema in tools:
+        check_reasoning_came_back(messages, thinking, bool(tools), rules, "content[].thinking")
+        for tool, _, schema in tools if choice != "none" else ():
             if schema is None and rules.hosted:
                 raise ApiError(400, f"Invalid schema for function '{tool.name}': null is not of types"
                                ' "boolean", "object"')  # fmt: skip
             check_parameters(tool.name, schema, rules)
-        tools = tuple(tool for tool, _, _ in tools)
+        tools = tuple(tool for tool, _, _ in tools) if choice != "none" else ()
         check_tools(tools)
         choice, tool_name = settle_tool_choice(choice, tool_name, tools, thinking, rules)
-        if choice == "none":
-            tools = ()
-        check_reasoning_came_back(messages, thinking, rules, "content[].thinking")
+        if tool_name is not None and rules.hosted:
+            tools = tuple(tool for tool in tools if tool.name == tool_name)
         check_stop(stop, is_list=True)
         sampling = read_sampling(fields, numbers)
         if rules.hosted:
@@ -149,7 +153,7 @@ class Anthropic:
             raise ApiError(400, "tool_choice cannot force a call that a last assistant message has begun to answer")
         return Call(
             model=model.removesuffix(_LARGE),
-            input=Conversation(messages, tools, answer_format, thinking, effort, must_call=forced),
+            input=Conversation(settle_messages(messages, thinking), tools, answer_format, thinking, effort, must_call=forced),
             max_tokens=max_tokens, **asdict(sampling), stop=stop, tool_choice=choice, tool_name=tool_name,
             parallel_tool_calls=parallel, user_id=user_id, stream=stream, wants_usage=True, effort_given=effort_given,
             ignored=fields.unread(),
@@ -266,8 +270,11 @@ def _read_attachment(block: Fields, kind: str, is_result: bool) -> str:
         wrong_type(rules, block.at("source"), "an object", None)
     source.required("type")
     if kind == "image":
-        if source.word("type", ("base64", "url", "file")) is None:
+        of_kind = source.word("type", tuple(_SOURCES))
+        if of_kind is None:
             wrong_type(rules, source.at("type"), "base64, url or file", None)
+        for name in _SOURCES[of_kind]:
+            source.required_text(name)
         if is_result or rules.hosted:
             return IMAGE_TEXT
         raise ApiError(400, f"{block.path}: image blocks are not supported; this model reads text only, send text")

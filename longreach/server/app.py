@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
@@ -27,7 +28,7 @@ from longreach.runtime import log
 from longreach.server import documentation
 from longreach.server.anthropic import ANTHROPIC, count_body, hosted_model
 from longreach.server.call import ApiError, Call, Dialect
-from longreach.server.guard import Guard
+from longreach.server.guard import Guard, dialect_of
 from longreach.server.keys import Key
 from longreach.server.metrics import ProcessLoad
 from longreach.server.models import LocalModel, Model
@@ -50,11 +51,15 @@ class AppOptions:
     Attributes:
         origins: browsers' origins that may call besides the server's own page.
         is_loopback: it listens on the loopback interface alone.
+        max_body_bytes: a longer body is refused.
+        body_pause_s, body_s: seconds that a body may pause, and take in all; then it is refused.
     """
 
     origins: tuple[str, ...] = ()
     is_loopback: bool = True
     max_body_bytes: int = 16 << 20
+    body_pause_s: float = 30.0
+    body_s: float = 600.0
 
 
 def make_app(service: Service, options: AppOptions | None = None) -> Guard:
@@ -70,7 +75,8 @@ def make_app(service: Service, options: AppOptions | None = None) -> Guard:
         yield
         service.is_draining = True
         await service.drain()
-        await stop_models(service)
+        for model in service.catalogue.models:
+            await model.close()
 
     app = FastAPI(
         title="Longreach", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
@@ -84,18 +90,6 @@ def make_app(service: Service, options: AppOptions | None = None) -> Guard:
     return Guard(
         app, origins=options.origins, is_loopback=options.is_loopback, max_body_bytes=options.max_body_bytes
     )
-
-
-async def stop_models(service: Service) -> None:
-    """End what runs, keeping its state in the caches, and write them to disk."""
-    for model in service.catalogue.models:
-        if isinstance(model, LocalModel):
-            await asyncio.to_thread(model.loop.stop)
-        else:
-            await model.close()
-
-
-Reader = Callable[[Mapping[str, Any], Any], Call]
 
 
 class Routes:
@@ -176,14 +170,9 @@ class Routes:
         """The JSON body.
 
         Raises:
-            ApiError: too long, or not JSON.
+            ApiError: too long, too slow, or not JSON.
         """
-        content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > self.options.max_body_bytes:
-                limit = self.options.max_body_bytes
-                raise ApiError(413, f"The body is longer than {limit} bytes, the most that is accepted.")
+        content = await self._content(request)
         status = 422 if self.service.options.rules.hosted else 400
         prefix = "Failed to deserialize the JSON body into the target type: " if status == 422 else ""
         try:
@@ -199,6 +188,23 @@ class Routes:
             raise ApiError(status, f"{prefix}the body must be a JSON object") from None
         return body
 
+    async def _content(self, request: Request) -> bytearray:
+        content, options, clock = bytearray(), self.options, asyncio.get_running_loop().time
+        began = clock()
+        try:
+            async with asyncio.timeout(options.body_pause_s) as limit:
+                async for part in request.stream():
+                    content += part
+                    if len(content) > options.max_body_bytes:
+                        most = options.max_body_bytes
+                        raise ApiError(413, f"The body is longer than {most} bytes, the most that is accepted.")
+                    limit.reschedule(min(clock() + options.body_pause_s, began + options.body_s))
+        except TimeoutError:
+            raise ApiError(408, "The body did not arrive in time.") from None
+        except ClientDisconnect:
+            raise ApiError(400, "The connection ended before the body did.") from None
+        return content
+
     async def count_tokens(self, request: Request) -> Response:
         """Anthropic's count of a prompt's tokens."""
         try:
@@ -212,25 +218,26 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         key = self.service.authenticate(request.headers)
-        data = [self._model_entry(name) for name in self.service.names_for(key)]
+        data = [self._model_entry(name, key) for name in self.service.names_for(key)]
         return JsonReply({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
         key, name = self.service.authenticate(request.headers), request.path_params["name"]
         if name not in self.service.names_for(key):
             raise ApiError(404, f"The model {_short(name)} does not exist.", code="model_not_found", param="model")
-        return JsonReply(self._model_entry(name))
+        return JsonReply(self._model_entry(name, key))
 
-    def _model_entry(self, name: str) -> dict[str, Any]:
+    def _model_entry(self, name: str, key: Key) -> dict[str, Any]:
         catalogue = self.service.catalogue
         entry = model_body(name, int(time.time() - (time.monotonic() - self.service.started)))
         model = catalogue.find(name)
         if name == AUTO and model is None:
-            choices = [catalogue.small.name, catalogue.large.name]
+            choices = [m.name for m in (catalogue.small, catalogue.large) if key.allows(m.name)]
             return entry | {"longreach": {"kind": "router", "models": choices, "context": catalogue.large.context}}
         assert model is not None
         about = model.describe()
-        about |= {"name": model.name, "aliases": catalogue.aliases_of(model) if name == model.name else []}
+        aliases = [alias for alias in catalogue.aliases_of(model) if key.allows(alias)] if name == model.name else []
+        about |= {"name": model.name if key.allows(model.name) else name, "aliases": aliases}
         return entry | {"longreach": about}
 
     async def balance(self, request: Request) -> Response:
@@ -272,9 +279,10 @@ class Routes:
         key, body = self.service.authenticate(request.headers), await self._body(request)
         model, tokens = self._local(body, key), body.get("tokens")
         size = model.tokenizer.vocab_size
-        if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < size for t in tokens):
+        # In a thread: a list may have millions.
+        text = await asyncio.to_thread(_decode, model, tokens)
+        if text is None:
             raise ApiError(400, f"tokens must be a list of token ids from 0 to {size - 1}.", param="tokens")
-        text = await asyncio.to_thread(model.tokenizer.decode, tokens)
         return JsonReply({"content": text, "prompt": text})
 
     async def apply_template(self, request: Request) -> Response:
@@ -316,17 +324,19 @@ class Routes:
 
     async def status(self, request: Request) -> Response:
         """What the page shows, once a second."""
-        self.service.authenticate(request.headers)
+        key, service = self.service.authenticate(request.headers), self.service
+        visible = {model.name for name in service.names_for(key) if (model := service.catalogue.find(name)) is not None}
         return JsonReply({
-            "version": __version__, "uptime_s": round(time.monotonic() - self.service.started, 1),
-            "models": self.service.model_status(), "process": self.load.measure(),
+            "version": __version__, "uptime_s": round(time.monotonic() - service.started, 1),
+            "models": [status for status in service.model_status() if status["id"] in visible],
+            "process": self.load.measure(),
         })  # fmt: skip
 
     # ---- refusals ---------------------------------------------------------------------------------------------------
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        return error_reply(error, _dialect_of(request))
+        return error_reply(error, dialect_of(request.url.path))
 
     async def refuse_path(self, request: Request, error: Exception) -> Response:
         """An unknown path or a wrong method."""
@@ -337,13 +347,13 @@ class Routes:
             message = f"{request.method} is not allowed at {_short(request.url.path)}."
         else:
             message = str(error.detail)
-        return error_reply(ApiError(error.status_code, message, code="not_found"), _dialect_of(request), error.headers)
+        return error_reply(ApiError(error.status_code, message, code="not_found"), dialect_of(request.url.path), error.headers)
 
     async def fail(self, request: Request, error: Exception) -> Response:
         """A bug of ours: the log has it, the client learns nothing of it."""
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         hidden = ApiError(500, "The server failed to answer this request.", type="server_error", code="server_error")
-        return error_reply(hidden, _dialect_of(request))
+        return error_reply(hidden, dialect_of(request.url.path))
 
 
 class _Page:
@@ -356,8 +366,12 @@ class _Page:
         return FileResponse(self.path, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
 
 
-def _dialect_of(request: Request) -> Dialect:
-    return ANTHROPIC if "/messages" in request.url.path else OPENAI_CHAT
+def _decode(model: LocalModel, tokens: Any) -> str | None:
+    """The text of a list of token ids; None where it is no such list."""
+    size = model.tokenizer.vocab_size
+    if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < size for t in tokens):
+        return None
+    return model.tokenizer.decode(tokens)
 
 
 def _encode(model: LocalModel, text: str) -> list[int]:

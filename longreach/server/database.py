@@ -23,15 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longreach.errors import LongreachError, RequestError
-
-try:
-    import sqlalchemy as sa
-except ImportError:
-    raise RequestError("keys and the ledger need SQLAlchemy; pip install 'longreach[server]'") from None
+import sqlalchemy as sa
 from sqlalchemy import BigInteger, Boolean, Column, Connection, Engine, Index, Integer, MetaData, String, Table, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from longreach.errors import LongreachError, RequestError
 
 DEFAULT_DIRECTORY = Path("~/.longreach/server")
 FILE_NAME = "ledger.sqlite"
@@ -249,7 +246,7 @@ def _make_engine(directory: str | Path | None, url: str | None) -> tuple[Engine,
             # A broken connection is noticed before it is given out, so that a restart of the database costs no request.
             return _engine(address, pool_pre_ping=True, connect_args={"connect_timeout": 10}), where, None
         except ImportError:
-            raise RequestError("PostgreSQL needs psycopg; pip install 'longreach[server]'") from None
+            raise RequestError("PostgreSQL needs psycopg: pip install 'longreach[postgres]'") from None
     engine = _engine(address, connect_args={"timeout": _BUSY_S})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

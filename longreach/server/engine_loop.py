@@ -119,9 +119,12 @@ class EngineLoop:
 
         Raises:
             RequestError: the engine refuses it.
+            ApiError: the engine has failed.
         """
         ticket = Ticket(secrets.token_hex(16), reader, mailbox, choice, time.monotonic())
         with self._wake:
+            if self.failed is not None:
+                raise _stopped(503)
             self._tickets[ticket.id] = ticket  # before the engine knows it: a step may be under way
             try:
                 ticket.request = self.engine.submit(
@@ -164,8 +167,7 @@ class EngineLoop:
                 outputs = self.engine.step()
             except Exception as error:  # the edge: one engine failing must not leave its clients waiting for ever
                 log.exception("the engine of %s failed", self.name)
-                self.failed = f"{type(error).__name__}"
-                self._fail_all()
+                self._fail_all(type(error).__name__)
                 return
             ended = time.thread_time()
             reading = sum(ticket.reader.take_cpu_s() for ticket in self._moved(outputs))
@@ -209,22 +211,33 @@ class EngineLoop:
             self._tickets.pop(request.id, None)
         if reason is FinishReason.ERROR:
             log.warning("a request on %s failed: %s", self.name, request.error)
-            items.append(ApiError(500, "The model could not finish this request.", type="server_error", code="server_error"))
+            items.append(_unfinished())
+        elif reader.is_broken:
+            items.append(_unfinished())
         else:
             items.append(reader.finish_event(reason, request.num_generated))
         return items
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, why: str) -> None:
         with self._wake:
+            self.failed = why
             tickets = list(self._tickets.values())
             self._tickets.clear()
-        error = ApiError(500, "The model stopped working; restart the server.", type="server_error", code="server_error")
+        error = _stopped(500)
         self._send([(ticket.mailbox, [error]) for ticket in tickets])
 
     def _send(self, batch: Sequence[tuple[Mailbox, Sequence[Event | ApiError]]]) -> None:
         assert self._events is not None
         if not self._events.is_closed():
             self._events.call_soon_threadsafe(_put_all, batch)
+
+
+def _unfinished() -> ApiError:
+    return ApiError(500, "The model could not finish this request.", type="server_error", code="server_error")
+
+
+def _stopped(status: int) -> ApiError:
+    return ApiError(status, "The model stopped working; restart the server.", type="server_error", code="server_error")
 
 
 def _put_all(batch: Sequence[tuple[Mailbox, Sequence[Event | ApiError]]]) -> None:

@@ -14,10 +14,19 @@ from urllib.parse import urlsplit
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from longreach.server.anthropic import ANTHROPIC
+from longreach.server.call import ApiError, Dialect
+from longreach.server.openai import OPENAI_CHAT
+
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 _CORS_METHODS = b"GET, POST, OPTIONS"
 _SECURITY = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+
+
+def dialect_of(path: str) -> Dialect:
+    """In whose words a request to a path is refused."""
+    return ANTHROPIC if "/messages" in path or path.startswith("/anthropic") else OPENAI_CHAT
 
 
 class Guard:
@@ -41,18 +50,18 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin", b"").decode("latin-1")
         if self.is_loopback and host and _name(host) not in LOOPBACK_NAMES:
-            await _refuse(send, 421, "This server answers only under the names localhost, 127.0.0.1 and [::1].")
+            await _refuse(scope, send, 421, "This server answers only under the names localhost, 127.0.0.1 and [::1].")
             return
         is_foreign = bool(origin) and _authority(origin) != host.lower()
         if is_foreign and not self._allows(origin):
-            await _refuse(send, 403, "Pages of other origins may not call this server; start it with --cors ORIGIN.")
+            await _refuse(scope, send, 403, "Pages of other origins may not call this server; start it with --cors ORIGIN.")
             return
         if is_foreign and scope["method"] == "OPTIONS":
             await _preflight(send, origin, headers)
             return
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.limit:
-            await _refuse(send, 413, f"The body is {int(length)} bytes long; at most {self.limit} are accepted.")
+            await _refuse(scope, send, 413, f"The body is {int(length)} bytes long; at most {self.limit} are accepted.")
             return
         extra = _SECURITY + (_cors(origin) if is_foreign else [])
 
@@ -92,9 +101,10 @@ async def _preflight(send: Send, origin: str, headers: dict[bytes, bytes]) -> No
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request_error"}
-    body = orjson.dumps({"error": error})
+async def _refuse(scope: Scope, send: Send, status: int, message: str) -> None:
+    body = orjson.dumps(dialect_of(scope["path"]).error(ApiError(status, message)))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    # A body that nobody has read may follow; nothing behind it on this connection would be understood.
+    headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

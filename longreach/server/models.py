@@ -16,10 +16,12 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import orjson
+
 from longreach import __version__
-from longreach.chat.messages import AnswerFormat, Conversation
+from longreach.chat.messages import AnswerFormat, Conversation, Tool
 from longreach.chat.parser import AnswerParser
-from longreach.chat.renderer import EffortTexts, Layout, Prompt, fim, render
+from longreach.chat.renderer import LIMITS, EffortTexts, Layout, Prompt, fim, render
 from longreach.engine.engine import Engine
 from longreach.engine.memory import fingerprint_text
 from longreach.engine.sampling import SamplingParams
@@ -28,6 +30,7 @@ from longreach.native import status as native_status
 from longreach.server.call import ApiError, Call, Event, FillIn, Finish, Head, Usage
 from longreach.server.engine_loop import EngineLoop, Mailbox, Ticket
 from longreach.server.reader import ChatReader, Reader, TextReader
+from longreach.server.replay import Replay
 from longreach.server.tool_grammar import answer_grammar
 from longreach.tokenizer.special import THINK_END
 
@@ -78,6 +81,10 @@ class Reply(Protocol):
     @property
     def first_token_s(self) -> float | None: ...
 
+    async def cut(self) -> None:
+        """End the answer with what it has: its `Finish` follows, or an error where it has not begun. Harmless when over."""
+        ...
+
     async def cancel(self) -> None:
         """Nobody waits any more. Harmless when over."""
         ...
@@ -88,7 +95,7 @@ class Prepared:
     """A call, ready to run.
 
     Attributes:
-        prompt: token ids; empty where another engine encodes.
+        prompt: token ids; empty where another engine encodes. layout: what they were made of.
         prompt_tokens: how many; estimated where another engine counts.
         max_tokens: of each answer. params: for the engine here.
     """
@@ -98,6 +105,7 @@ class Prepared:
     max_tokens: int
     prompt: list[int] = field(default_factory=list)
     params: SamplingParams | None = None
+    layout: Prompt | None = None
 
 
 class Model(Protocol):
@@ -107,8 +115,11 @@ class Model(Protocol):
     kind: str
     context: int
 
-    async def prepare(self, call: Call) -> Prepared:
+    async def prepare(self, call: Call, tenant: str = "") -> Prepared:
         """Read a call, without running anything.
+
+        Args:
+            tenant: whose earlier answers its history may repeat.
 
         Raises:
             ApiError: it cannot be served.
@@ -129,6 +140,10 @@ class Model(Protocol):
 
     def known(self, prepared: Prepared, tenant: str) -> int:
         """Prompt tokens that a cache holds already, as far as can be told without running."""
+        ...
+
+    async def close(self) -> None:
+        """End what runs, and keep what a later start can use."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -171,36 +186,37 @@ class LocalModel:
         self.context = min(engine.model.config.max_position_embeddings, engine.memory.capacity)
         fingerprint = fingerprint_text(engine.model, engine.precision, native_status()) + __version__
         self.fingerprint = "fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
+        self.replay = Replay(self.tokenizer)
+        self.limits = {self.tokenizer.special_ids[mark] for mark in LIMITS if mark in self.tokenizer.special_ids}
         self.rate = _Rate(self.loop)
+        self._disk_looked, self._disk_known = float("-inf"), 0
 
     # ---- a call -----------------------------------------------------------------------------------------------------
 
-    async def prepare(self, call: Call) -> Prepared:
-        prompt = await self.encode(call)
+    async def prepare(self, call: Call, tenant: str = "") -> Prepared:
+        layout, prompt = await self._encode(call, tenant)
         limit = self._limit(call, len(prompt))
-        return Prepared(call, len(prompt), limit, prompt, await self._params(call, limit))
+        return Prepared(call, len(prompt), limit, prompt, await self._params(call, layout, limit), layout)
 
     async def open(self, prepared: Prepared, tenant: str) -> LocalReply:
         call, params = prepared.call, prepared.params
         assert params is not None
-        reply = LocalReply(self, call)
+        reply = LocalReply(self, prepared, tenant)
         try:
             for choice in range(call.n):
                 one = params
                 if call.n > 1 and params.seed is not None:
                     one = replace(params, seed=(params.seed + choice) % 2**63)
-                reader = self._reader(call, one, choice)
+                reader = self._reader(prepared, one, choice)
                 reply.tickets.append(
                     self.loop.submit(prepared.prompt, one, reader, reply.mailbox, tenant=tenant, choice=choice)
                 )
         except RequestError as error:
             await reply.cancel()
             raise ApiError(400, str(error)) from None
-        if self.loop.failed is not None:
+        except ApiError:
             await reply.cancel()
-            raise ApiError(
-                503, "The model stopped working; restart the server.", type="server_error", code="server_error"
-            )
+            raise
         return reply
 
     def known(self, prepared: Prepared, tenant: str) -> int:
@@ -228,13 +244,17 @@ class LocalModel:
         Raises:
             ApiError: it cannot be laid out.
         """
-        if _size(call) <= AT_ONCE:
-            return self._encode_now(call)
-        return await asyncio.to_thread(self._encode_now, call)
+        return (await self._encode(call, ""))[1]
 
-    def _encode_now(self, call: Call) -> list[int]:
+    async def _encode(self, call: Call, tenant: str) -> tuple[Prompt, list[int]]:
+        if _size(call) <= AT_ONCE:
+            return self._encode_now(call, tenant)
+        return await asyncio.to_thread(self._encode_now, call, tenant)
+
+    def _encode_now(self, call: Call, tenant: str) -> tuple[Prompt, list[int]]:
+        layout = self.render(call)
         try:
-            return self.render(call).encode(self.tokenizer)
+            return layout, layout.encode(self.tokenizer, self.replay.of(tenant) if tenant else None)
         except RequestError as error:
             raise ApiError(400, str(error)) from None
 
@@ -256,39 +276,41 @@ class LocalModel:
             )
         return wanted
 
-    async def _params(self, call: Call, max_tokens: int) -> SamplingParams:
+    async def _params(self, call: Call, layout: Prompt, max_tokens: int) -> SamplingParams:
         try:
-            grammar = await asyncio.to_thread(self._grammar, call) if _is_constrained(call) else None
+            grammar = await asyncio.to_thread(self._grammar, call, layout) if _is_constrained(call) else None
             params = SamplingParams(
                 max_tokens=max_tokens, temperature=call.temperature, top_p=call.top_p, top_k=call.top_k, min_p=call.min_p,
                 frequency_penalty=call.frequency_penalty, presence_penalty=call.presence_penalty,
                 repetition_penalty=call.repetition_penalty, seed=call.seed, logprobs=call.logprobs,
                 stop=call.stop if isinstance(call.input, FillIn) else (), logit_bias=dict(call.logit_bias),
-                grammar=grammar, after=self._think_end(call),
+                grammar=grammar, after=self.tokenizer.special_id(THINK_END) if layout.begins_thinking else None,
             )  # fmt: skip
             params.check(self.engine.vocab_size)
         except RequestError as error:
             raise ApiError(400, str(error)) from None
         return params
 
-    def _think_end(self, call: Call) -> int | None:
-        return self.tokenizer.special_id(THINK_END) if call.thinking else None
-
-    def _grammar(self, call: Call):
+    def _grammar(self, call: Call, layout: Prompt):
         assert isinstance(call.input, Conversation)
         return answer_grammar(
             self.tokenizer, call.input.answer_format, call.input.tools, choice=call.tool_choice, name=call.tool_name,
-            parallel=call.parallel_tool_calls, is_open=call.input.must_call and not call.thinking, hosted=self.hosted,
+            parallel=call.parallel_tool_calls, is_open=layout.begins_call, hosted=self.hosted,
         )  # fmt: skip
 
-    def _reader(self, call: Call, params: SamplingParams, choice: int) -> Reader:
+    def _reader(self, prepared: Prepared, params: SamplingParams, choice: int) -> Reader:
+        call, layout = prepared.call, prepared.layout
         if isinstance(call.input, FillIn):
             return TextReader(self.tokenizer, params, choice)
+        assert layout is not None
         parser = AnswerParser(
-            self.tokenizer, thinking=call.input.thinking, tools=call.input.tools,
-            must_call=call.input.must_call and not call.input.thinking, stop=call.stop,
+            self.tokenizer, thinking=layout.begins_thinking, must_call=layout.begins_call, tools=_all_tools(call.input),
+            stop=call.stop,
         )  # fmt: skip
         return ChatReader(parser, choice)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.loop.stop)
 
     # ---- about it ---------------------------------------------------------------------------------------------------
 
@@ -319,10 +341,17 @@ class LocalModel:
             "prompt_tokens_total": loop.prompt_tokens,
             "generated_tokens_total": loop.tokens,
             "hit_rate": loop.hits / loop.prompt_tokens if loop.prompt_tokens else 0.0,
-            "disk_cache_bytes": memory.disk.nbytes if memory.disk is not None else 0,
+            "disk_cache_bytes": self._disk_bytes(),
             "engine_cpu_s": loop.cpu_s,
             "failed": loop.failed is not None,
         }
+
+    def _disk_bytes(self) -> int:
+        """Of the second tier, as of at most ten seconds ago: counting it reads its whole index."""
+        disk, now = self.engine.memory.disk, time.monotonic()
+        if disk is not None and not self.engine.is_closed and now - self._disk_looked > 10:
+            self._disk_looked, self._disk_known = now, disk.stats().bytes
+        return self._disk_known
 
 
 def v32_token_nbytes(engine: Engine) -> float:
@@ -360,7 +389,8 @@ class LocalReply:
     """The answer of a `LocalModel`: one ticket for each choice, one mailbox for all."""
 
     model: LocalModel
-    call: Call
+    prepared: Prepared
+    tenant: str
     mailbox: Mailbox = field(default_factory=Mailbox)
     tickets: list[Ticket] = field(default_factory=list)
     head: Head | None = None
@@ -392,11 +422,27 @@ class LocalReply:
         for event in events:
             if type(event) is Finish:
                 self._finishes[event.choice] = event
+                self._learn(self.tickets[event.choice])
         return events
+
+    def _learn(self, ticket: Ticket) -> None:
+        """Keep the tokens of an answer for the next turn's prompt."""
+        request, reader, prompt = ticket.request, ticket.reader, self.prepared.prompt
+        # A text cut at a stop string, or read with trouble, comes back as another text.
+        if not isinstance(reader, ChatReader) or reader.parser.problems or reader.stop or request is None:
+            return
+        began = next(i for i in range(len(prompt), -1, -1) if i == 0 or prompt[i - 1] in self.model.limits)
+        generated = request.tokens[request.num_prompt :]
+        if len(generated) > 2000:  # encoding the text again takes milliseconds
+            asyncio.get_running_loop().run_in_executor(
+                None, self.model.replay.learn, self.tenant, reader.message(), generated, prompt[began:]
+            )
+        else:
+            self.model.replay.learn(self.tenant, reader.message(), generated, prompt[began:])
 
     @property
     def is_over(self) -> bool:
-        return len(self._finishes) == self.call.n and not self._early
+        return len(self._finishes) == self.prepared.call.n and not self._early
 
     @property
     def usage(self) -> Usage:
@@ -415,15 +461,39 @@ class LocalReply:
         times = [ticket.first_token_s for ticket in self.tickets if ticket.first_token_s is not None]
         return min(times) if times else None
 
+    async def cut(self) -> None:
+        if self.first_token_s is None:
+            self.mailbox.put([stopping()])
+        await self.cancel()
+
     async def cancel(self) -> None:
         for ticket in self.tickets:
             self.model.loop.cancel(ticket)
 
 
+def stopping() -> ApiError:
+    return ApiError(
+        503, "The server is stopping; try again in a moment.", type="server_error", code="server_error", retry_after_s=5
+    )
+
+
 def _size(call: Call) -> int:
+    """About how many characters a prompt has. Every part counts at least a few: 60,000 empty messages are long too."""
     if isinstance(call.input, FillIn):
         return len(call.input.prompt) + len(call.input.suffix or "")
-    return sum(len(m.content) + len(m.reasoning or "") for m in call.input.messages)
+    told, form = call.input, call.input.answer_format
+    size = sum(
+        20 + len(m.content) + len(m.reasoning or "") + sum(len(c.name) + len(c.arguments) + 50 for c in m.tool_calls)
+        for m in told.messages
+    )
+    if told.tools or form is not None:
+        shapes = [tool.function for tool in told.tools], form.schema if form is not None else None
+        size += len(orjson.dumps(shapes, default=dict))
+    return size
+
+
+def _all_tools(conversation: Conversation) -> list[Tool]:
+    return [*conversation.tools, *(tool for message in conversation.messages for tool in message.tools)]
 
 
 def _mode(call: Call) -> str:

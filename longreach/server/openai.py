@@ -127,8 +127,9 @@ def _choice(call: Call, index: int, answer: Answer) -> dict[str, Any]:
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish.reason}
 
 
-_END = b'},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
-_TOOL_END = b'}}]},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+def _chunk_end(call: Call) -> bytes:
+    """What closes a chunk before the last, behind its log-probabilities."""
+    return b',"finish_reason":null}]%b}\n\n' % (b',"usage":null' if call.wants_usage else b"")
 
 
 class ChatStream:
@@ -139,7 +140,7 @@ class ChatStream:
     """
 
     def __init__(self, call: Call, head: Head) -> None:
-        self._thinking, self._unfinished = call.thinking, call.n
+        self._thinking, self._wants_usage, self._unfinished = call.thinking, call.wants_usage, call.n
         base = orjson.dumps({
             "id": _reply_id(head), "object": "chat.completion.chunk", "created": head.created, "model": head.model,
             "system_fingerprint": head.fingerprint,
@@ -149,57 +150,64 @@ class ChatStream:
         self._content = [start + b'"content":' for start in starts]
         self._reasoning = [start + b'"content":null,"reasoning_content":' for start in starts]
         self._tools = [start + b'"tool_calls":[{"index":' for start in starts]
+        self._chunk_end = _chunk_end(call)
+        self._end = b'},"logprobs":null' + self._chunk_end
+        self._tool_end = b"}}]" + self._end
         self._content_delta_end = b',"reasoning_content":null' if call.thinking else b""
-        self._content_end = self._content_delta_end + _END
+        self._content_end = self._content_delta_end + self._end
         self._last: Finish | None = None
 
     def begin(self) -> bytes:
         opening = b'"content":null,"reasoning_content":""' if self._thinking else b'"content":""'
-        return b"".join(start + b'"role":"assistant",' + opening + _END for start in self._starts)
+        return b"".join(start + b'"role":"assistant",' + opening + self._end for start in self._starts)
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, Content):
             if not event.logprobs:
                 return self._content[event.choice] + orjson.dumps(event.text) + self._content_end
             text = orjson.dumps(event.text) + self._content_delta_end
-            return self._content[event.choice] + text + _with_logprobs("content", event.logprobs)
+            return self._content[event.choice] + text + self._logprobs("content", event.logprobs)
         if isinstance(event, Reasoning):
             if not event.logprobs:
-                return self._reasoning[event.choice] + orjson.dumps(event.text) + _END
+                return self._reasoning[event.choice] + orjson.dumps(event.text) + self._end
             text = orjson.dumps(event.text)
-            return self._reasoning[event.choice] + text + _with_logprobs("reasoning_content", event.logprobs)
+            return self._reasoning[event.choice] + text + self._logprobs("reasoning_content", event.logprobs)
         if isinstance(event, ToolArguments):
             arguments = b'%d,"function":{"arguments":' % event.index + orjson.dumps(event.text)
-            return self._tools[event.choice] + arguments + _TOOL_END
+            return self._tools[event.choice] + arguments + self._tool_end
         if isinstance(event, ToolBegin):
             return (
                 self._tools[event.choice]
                 + b'%d,"id":%b,"type":"function","function":{"name":%b,"arguments":""'
                 % (event.index, orjson.dumps(event.id), orjson.dumps(event.name))
-                + _TOOL_END
+                + self._tool_end
             )
         if isinstance(event, Finish):
             self._unfinished -= 1
             if self._unfinished:
-                return self._finish(event, b"null")
+                return self._finish(event, None)
             self._last = event  # its chunk carries the usage, which is known at the end
         return b""
 
     def end(self, usage: Usage) -> bytes:
         assert self._last is not None, "a stream ends after its last Finish"
-        return self._finish(self._last, orjson.dumps(usage_body(usage, self._thinking))) + b"data: [DONE]\n\n"
+        return self._finish(self._last, usage_body(usage, self._thinking)) + b"data: [DONE]\n\n"
 
     def error(self, error: ApiError) -> bytes:
         return b"data: " + orjson.dumps(error_body(error)) + b"\n\n"
 
-    def _finish(self, finish: Finish, usage: bytes) -> bytes:
+    def _logprobs(self, part: str, tokens: Iterable[TokenLogprob]) -> bytes:
+        return b'},"logprobs":%b' % orjson.dumps({part: [logprob_body(token) for token in tokens]}) + self._chunk_end
+
+    def _finish(self, finish: Finish, usage: Mapping[str, Any] | None) -> bytes:
         delta = self._content[finish.choice] + b'""' + self._content_delta_end
-        return delta + b'},"logprobs":null,"finish_reason":"%b"}],"usage":%b}\n\n' % (finish.reason.encode(), usage)
+        return delta + b'},"logprobs":null' + _finish_end(finish, usage, self._wants_usage)
 
 
-def _with_logprobs(part: str, tokens: Iterable[TokenLogprob]) -> bytes:
-    logprobs = orjson.dumps({part: [logprob_body(token) for token in tokens]})
-    return b'},"logprobs":%b,"finish_reason":null}],"usage":null}\n\n' % logprobs
+def _finish_end(finish: Finish, usage: Mapping[str, Any] | None, wants_usage: bool) -> bytes:
+    """What closes the chunk that finishes an answer; the last one has the usage, asked for or not."""
+    told = b',"usage":%b' % orjson.dumps(usage) if usage is not None or wants_usage else b""
+    return b',"finish_reason":"%b"}]%b}\n\n' % (finish.reason.encode(), told)
 
 
 # ---- completions ----------------------------------------------------------------------------------------------------
@@ -262,14 +270,13 @@ def _num_characters(token: TokenLogprob) -> int:
     return sum(byte & 0xC0 != 0x80 for byte in token.bytes)
 
 
-_TEXT_END = b',"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
-
-
 class CompletionStream:
     """A completion as server-sent events, with the usage in the chunk that finishes the last answer."""
 
     def __init__(self, call: Call, head: Head) -> None:
-        self._unfinished = call.n
+        self._wants_usage, self._unfinished = call.wants_usage, call.n
+        self._chunk_end = _chunk_end(call)
+        self._end = b',"logprobs":null' + self._chunk_end
         self._echoed = _echoed(call)
         self._offsets = [len(self._echoed)] * call.n
         base = orjson.dumps({
@@ -283,36 +290,32 @@ class CompletionStream:
         if not self._echoed:
             return b""
         text = orjson.dumps(self._echoed)
-        return b"".join(start + text + _TEXT_END for start in self._text)
+        return b"".join(start + text + self._end for start in self._text)
 
     def event(self, event: Event) -> bytes:
         if isinstance(event, Content):
             start = self._text[event.choice] + orjson.dumps(event.text)
             if not event.logprobs:
-                return start + _TEXT_END
+                return start + self._end
             logprobs = orjson.dumps(_legacy_logprobs(event.logprobs, self._offsets[event.choice]))
             self._offsets[event.choice] += sum(map(_num_characters, event.logprobs))
-            return start + b',"logprobs":%b,"finish_reason":null}],"usage":null}\n\n' % logprobs
+            return start + b',"logprobs":' + logprobs + self._chunk_end
         if isinstance(event, Finish):
             self._unfinished -= 1
             if self._unfinished:
-                return self._finish(event, b"null")
+                return self._finish(event, None)
             self._last = event
         return b""
 
     def end(self, usage: Usage) -> bytes:
         assert self._last is not None, "a stream ends after its last Finish"
-        return self._finish(self._last, orjson.dumps(usage_body(usage, thinking=False))) + b"data: [DONE]\n\n"
+        return self._finish(self._last, usage_body(usage, thinking=False)) + b"data: [DONE]\n\n"
 
     def error(self, error: ApiError) -> bytes:
         return b"data: " + orjson.dumps(error_body(error)) + b"\n\n"
 
-    def _finish(self, finish: Finish, usage: bytes) -> bytes:
-        reason = finish.reason.encode()
-        return self._text[finish.choice] + b'"","logprobs":null,"finish_reason":"%b"}],"usage":%b}\n\n' % (
-            reason,
-            usage,
-        )
+    def _finish(self, finish: Finish, usage: Mapping[str, Any] | None) -> bytes:
+        return self._text[finish.choice] + b'"","logprobs":null' + _finish_end(finish, usage, self._wants_usage)
 
 
 OPENAI_CHAT = OpenAIChat()

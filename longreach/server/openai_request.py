@@ -44,6 +44,7 @@ from longreach.server.request_rules import (
     read_seed,
     read_thinking,
     read_user_id,
+    settle_messages,
     settle_tool_choice,
 )
 
@@ -141,23 +142,24 @@ def read_chat(body: Mapping[str, Any], rules: Rules) -> Call:
     for tool, given in tools:
         check_tool_name(tool.name, given.at("name"))
     messages = _check_messages(turns, rules)
+    check_reasoning_came_back(messages, thinking, bool(tools), rules, "reasoning_content")
     answer_format = _check_answer_format(answer_format, messages, rules)
-    tools = _check_tools(tools, rules)
+    declares_tools = bool(tools)
+    tools = _check_tools(tools, rules) if choice != "none" else ()
     if allowed is not None:
         tools = _only(tools, allowed)
     choice, tool_name = settle_tool_choice(choice, tool_name, tools, thinking, rules)
-    if choice == "none":
-        tools = ()
+    if tool_name is not None and rules.hosted:
+        tools = _only(tools, [tool_name])
     forced = choice in ("required", "named")
     if messages[-1].is_open:
-        if tools and (forced or rules.hosted):
-            raise ApiError(400, "Function call should not be used with prefix", param="tool_choice")
         if answer_format is not None:
             raise ApiError(
                 400, f"response_format {answer_format.kind} should not be used with prefix", param="response_format"
             )  # fmt: skip
+        if forced or (rules.hosted and (declares_tools or any(message.tool_calls for message in messages))):
+            raise ApiError(400, "Function call should not be used with prefix", param="tool_choice")
     check_format_with_tools(answer_format, forced, rules)
-    check_reasoning_came_back(messages, thinking, rules, "reasoning_content")
     check_stop(stop, stop_is_list)
     if has_stream_options and not stream:
         raise ApiError(400, "stream_options should be set along with stream = true", param="stream_options")
@@ -171,7 +173,9 @@ def read_chat(body: Mapping[str, Any], rules: Rules) -> Call:
     logit_bias = read_logit_bias(fields)
     if not rules.hosted:
         fields.refuse(UNSUPPORTED)
-    conversation = Conversation(messages, tools, answer_format, thinking, effort, must_call=forced)
+    conversation = Conversation(
+        settle_messages(messages, thinking), tools, answer_format, thinking, effort, must_call=forced
+    )
     return Call(
         model=model, input=conversation, max_tokens=max_tokens, **asdict(sampling), stop=stop, seed=seed,
         logprobs=logprobs, logit_bias=logit_bias, tool_choice=choice, tool_name=tool_name,
@@ -261,7 +265,7 @@ def _read_part(part: Fields) -> str:
             image.required_text("url")
             image.word("detail", ("low", "high", "original", "auto"))
         return IMAGE_TEXT
-    if kind in ("image_url", "input_image", "file", "input_audio", "video_url", "audio_url"):
+    if kind in ("image_url", "input_image", "file", "input_audio", "video_url", "audio_url") and not hosted:
         raise ApiError(
             400, f"{part.path}: parts of type {kind} are not supported; this model reads text only, send text parts",
             param=part.path,

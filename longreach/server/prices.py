@@ -193,6 +193,12 @@ class PriceTable:
         """Names that have a price at some time, aliases not among them."""
         return sorted({model for period in self.periods for model in period.prices})
 
+    @property
+    def step_minutes(self) -> int:
+        """Prices change only at whole multiples of so many minutes of an hour: 60, 15 or 1."""
+        changes = [when.minute for period in self.periods for when in (period.start, period.end) if when != _LAST]
+        return next(step for step in (60, 15, 1) if all(minute % step == 0 for minute in changes))
+
     def price_of(self, model: str, when: datetime) -> Price | None:
         """The price of a model at a moment; None where the table has none.
 

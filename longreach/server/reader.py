@@ -10,9 +10,11 @@ import secrets
 import string
 import time
 
+from longreach.chat.messages import Message, ToolCall
 from longreach.chat.parser import AnswerParser, CallArguments, CallBegin, CallEnd, ContentText, ReasoningText
 from longreach.engine.sampling import FinishReason, SamplingParams
 from longreach.engine.stopping import TextStream
+from longreach.runtime import log
 from longreach.server.call import Content, Event, Finish, Reasoning, ToolArguments, ToolBegin, ToolEnd
 from longreach.tokenizer.bpe import Tokenizer
 
@@ -24,25 +26,38 @@ class Reader:
 
     Attributes:
         finish_reason, stop_reason: as the engine asks for them (`engine.stopping.TokenReader`).
+        is_broken: reading raised, which only a bug of ours can cause. The answer ends there; those that are computed in
+            the same pass go on.
     """
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
+        self.is_broken = False
         self._events: list[Event] = []
         self._parts: list[str] = []
         self._cpu_s = 0.0
 
     def push(self, token_id: int) -> str:
         began = time.perf_counter()
-        self._read(token_id)
+        try:
+            self._read(token_id)
+        except Exception:
+            self._break()
         self._cpu_s += time.perf_counter() - began
         return ""
 
     def finish(self, reason: FinishReason | None = None) -> str:
-        self._close()
+        try:
+            self._close()
+        except Exception:
+            self._break()
         return ""
+
+    def _break(self) -> None:
+        log.exception("an answer could not be read")
+        self.is_broken, self.finish_reason = True, FinishReason.STOP
 
     def take(self) -> list[Event]:
         """The events since the last call."""
@@ -76,7 +91,8 @@ class ChatReader(Reader):
     def __init__(self, parser: AnswerParser, choice: int) -> None:
         super().__init__(choice)
         self.parser = parser
-        self._num_calls = 0
+        self._texts: dict[type, list[str]] = {ReasoningText: [], ContentText: []}
+        self._calls: list[tuple[ToolBegin, list[str]]] = []
         self._is_closed = False
 
     def _read(self, token_id: int) -> None:
@@ -98,20 +114,35 @@ class ChatReader(Reader):
         for event in events:
             match event:
                 case ContentText(text):
+                    self._texts[ContentText].append(text)
                     self._events.append(Content(text, (), choice))
                 case ReasoningText(text):
+                    self._texts[ReasoningText].append(text)
                     self._events.append(Reasoning(text, (), choice))
                 case CallBegin(index, name):
-                    self._num_calls += 1
-                    self._events.append(ToolBegin(index, new_call_id(index), name, choice))
+                    begin = ToolBegin(index, new_call_id(index), name, choice)
+                    self._calls.append((begin, []))
+                    self._events.append(begin)
                 case CallArguments(index, text):
+                    self._calls[index][1].append(text)
                     self._events.append(ToolArguments(index, text, choice))
                 case CallEnd(index):
                     self._events.append(ToolEnd(index, choice))
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self.stop_reason if isinstance(self.stop_reason, str) else None
+
+    def message(self) -> Message:
+        """The answer so far."""
+        calls = tuple(ToolCall(begin.name, "".join(parts), begin.id) for begin, parts in self._calls)
+        reasoning = "".join(self._texts[ReasoningText]) if self.parser.num_reasoning_tokens else None
+        return Message("assistant", "".join(self._texts[ContentText]), reasoning, calls)
+
     def finish_event(self, reason: FinishReason, num_tokens: int) -> Finish:
-        stop = self.stop_reason if isinstance(self.stop_reason, str) else None
-        named = "tool_calls" if reason is FinishReason.STOP and self._num_calls else _named(reason)
+        stop = self.stop
+        named = "tool_calls" if reason is FinishReason.STOP and self._calls else _named(reason)
         return Finish(named, stop, num_tokens, self.parser.num_reasoning_tokens, self.choice)
 
 

@@ -26,6 +26,8 @@ FIRST_BYTE_S = 0.5
 KEEP_ALIVE_S = 5.0
 WAIT_LIMIT_S = 600.0
 """Seconds a request may wait for its first token."""
+UNREAD_LIMIT_S = 120.0
+"""Seconds a client may leave a full connection unread before it counts as gone."""
 
 
 class JsonReply(Response):
@@ -42,6 +44,9 @@ def error_reply(error: ApiError, dialect: Dialect, headers: Mapping[str, str] | 
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
+    if error.status in (408, 413):
+        # The rest of the body may still come; nothing behind it on this connection would be understood.
+        headers["Connection"] = "close"
     return JsonReply(dialect.error(error), error.status, headers)
 
 
@@ -53,22 +58,25 @@ class LiveReply(Response):
         self.background = None
         self.status_code = 200
         self.has_begun = False
+        self._is_alone = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
         task = asyncio.current_task()
         assert task is not None
-        self._watcher = watcher = asyncio.ensure_future(_watch(receive, task))
+        self._task = task
+        self._watcher = watcher = asyncio.ensure_future(self._watch(receive))
         try:
             await self._answer()
         except ApiError as error:
             await self.exchange.close("failed")
             await self._fail(error, scope, receive)
-        except BaseException:
+        except BaseException as error:
             # The client left, the server is stopping, or a bug of ours. What was computed stays in the cache, and is in
             # the ledger.
             self.exchange.leave()
-            raise
+            if not (self._is_alone and isinstance(error, asyncio.CancelledError)):
+                raise
         finally:
             watcher.cancel()
 
@@ -107,7 +115,22 @@ class LiveReply(Response):
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         if is_last:
             self._watcher.cancel()  # a connection that ends after this is no client that left
-        await self._send({"type": "http.response.body", "body": content, "more_body": not is_last})
+        # `send` waits where the client reads nothing and the connection is full; what is not sent yet waits in the mailbox.
+        timer = asyncio.get_running_loop().call_later(UNREAD_LIMIT_S, self._leave)
+        try:
+            await self._send({"type": "http.response.body", "body": content, "more_body": not is_last})
+        finally:
+            timer.cancel()
+
+    async def _watch(self, receive: Receive) -> None:
+        """End the reply when the client has gone."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._leave()
+
+    def _leave(self) -> None:
+        self._is_alone = True
+        self._task.cancel()
 
     _content_type = b"application/json"
 
@@ -166,9 +189,3 @@ class WholeReply(LiveReply):
         # The status said 200. A body that breaks off is an error to every client; one that ends would look like an answer.
         await self._write(orjson.dumps(self.dialect.error(error)))
 
-
-async def _watch(receive: Receive, task: asyncio.Task[Any]) -> None:
-    """End the reply's task when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    task.cancel()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from longreach.chat.messages import AnswerFormat, Effort, Message, Tool
@@ -270,7 +270,7 @@ def settle_tool_choice(
         ApiError: the named function is not among the tools, or the hosted rules forbid to force a call while thinking.
     """
     if not tools:
-        return "auto", None
+        return "none" if choice == "none" else "auto", None
     if choice == "named" and name not in {tool.name for tool in tools}:
         raise ApiError(
             400, f"Invalid value for 'tool_call': no function named '{(name or '')[:100]}' was specified in the 'tools'"
@@ -284,9 +284,9 @@ def settle_tool_choice(
 def check_format_with_tools(answer_format: AnswerFormat | None, forced: bool, rules: Rules) -> None:
     """
     Raises:
-        ApiError: the hosted rules know no format beside a forced call.
+        ApiError: the hosted rules know no schema beside a forced call.
     """
-    if rules.hosted and forced and answer_format is not None:
+    if rules.hosted and forced and answer_format is not None and answer_format.kind != "json_object":
         raise ApiError(400, "response_format should not be used with tools", param="response_format")
 
 
@@ -340,15 +340,30 @@ def check_tool_results(messages: Sequence[Message]) -> None:
             i += 1
 
 
-def check_reasoning_came_back(messages: Sequence[Message], thinking: bool, rules: Rules, field: str) -> None:
-    """
+def settle_messages(messages: tuple[Message, ...], thinking: bool) -> tuple[Message, ...]:
+    """The conversation as the model is shown it: no empty system message, and no earlier reasoning without thinking."""
+    if not thinking:
+        messages = tuple(replace(m, reasoning=None) if m.reasoning is not None else m for m in messages)
+    told = tuple(message for message in messages if message.role != "system" or message.content)
+    return told or messages
+
+
+def check_reasoning_came_back(
+    messages: Sequence[Message], thinking: bool, has_tools: bool, rules: Rules, field: str
+) -> None:
+    """Where the rules ask for it, reasoning since the last user message must be given back while thinking: of every turn
+    with tool calls, and where the request has tools of the others as well.
+
     Raises:
-        ApiError: while thinking, an earlier turn with tool calls lacks its reasoning, and the rules ask for it.
+        ApiError: reasoning is missing; `field` names it in the dialect's words.
     """
     if not (rules.require_reasoning and thinking):
         return
-    if any(message.tool_calls and message.reasoning is None for message in messages):
-        raise ApiError(400, f"The `{field}` in the thinking mode must be passed back to the API.")
+    last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+    for message in messages[last_user + 1 :]:
+        is_needed = message.role == "assistant" and (has_tools or bool(message.tool_calls))
+        if is_needed and message.reasoning is None:
+            raise ApiError(400, f"The `{field}` in the thinking mode must be passed back to the API.")
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -59,6 +59,7 @@ from longreach.server.request_rules import (
     read_max_tokens,
     read_sampling,
     read_user_id,
+    settle_messages,
     settle_tool_choice,
 )
 
@@ -128,17 +129,19 @@ class Responses:
         for tool, place, _ in tools.declared:
             check_tool_name(tool.name, place)
         messages = _join_items(instructions, items)
-        for tool, _, schema in tools.declared:
-            check_parameters(tool.name, schema, rules)
-        functions = tuple(tool for tool, _, _ in tools.declared)
-        check_tools(functions)
-        check_reasoning_came_back(messages, thinking, rules, "reasoning_content")
+        declares_tools = bool(tools.declared)
+        check_reasoning_came_back(messages, thinking, declares_tools, rules, "reasoning_content")
         answer_format = _check_format(form, messages, rules)
+        declared = tools.declared if choice != "none" else []
+        for tool, _, schema in declared:
+            check_parameters(tool.name, schema, rules)
+        functions = tuple(tool for tool, _, _ in declared)
+        check_tools(functions)
         if allowed is not None:
             functions = tuple(tool for tool in functions if tool.name in allowed)
         choice, tool_name = settle_tool_choice(choice, tool_name, functions, thinking, rules)
-        if choice == "none":
-            functions = ()
+        if tool_name is not None and rules.hosted:
+            functions = tuple(tool for tool in functions if tool.name == tool_name)
         forced = choice in ("required", "named")
         check_format_with_tools(answer_format, forced, rules)
         sampling = read_sampling(fields, numbers)
@@ -175,8 +178,11 @@ class Responses:
             "namespaces": tools.namespaces,
             "seals": "reasoning.encrypted_content" in included,
         }
+        conversation = Conversation(
+            settle_messages(messages, thinking), functions, answer_format, thinking, effort, must_call=forced
+        )  # fmt: skip
         return Call(
-            model=model, input=Conversation(messages, functions, answer_format, thinking, effort, must_call=forced),
+            model=model, input=conversation,
             max_tokens=max_tokens, **asdict(sampling), logprobs=top_logprobs, tool_choice=choice, tool_name=tool_name,
             parallel_tool_calls=parallel, user_id=user_id, stream=stream, wants_usage=True, effort_given=effort_given,
             echo=echo, ignored=(*fields.unread(), *tools.dropped),

@@ -9,9 +9,9 @@ It listens on this machine alone unless told otherwise, and for others only with
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -145,8 +145,7 @@ def main(options: ServeOptions) -> int:
             router = Router(Table.load(options.auto_table), options.auto_value) if catalogue.has_auto else None
             keys.watch()
             with Ledger(database) as ledger:
-                if lost := ledger.recover():
-                    log.info("%d requests of a server that died are marked lost; nobody was billed for them", lost)
+                ledger.recover()
                 rules = Rules(options.hosted_rules, options.require_reasoning or options.hosted_rules)
                 service = Service(
                     catalogue, ledger, keys, table, router,
@@ -162,9 +161,12 @@ def _run(service: Service, listening: socket.socket, options: ServeOptions) -> N
     app = make_app(service, AppOptions(options.cors, is_loopback, int(options.max_body_mib * (1 << 20))))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, loop="auto", http="auto", lifespan="on",
-        timeout_graceful_shutdown=max(1, round(options.drain_s)), timeout_keep_alive=75,
+        timeout_graceful_shutdown=5, timeout_keep_alive=75, ws="none",
     )  # fmt: skip
     server = _Server(config, service, listening, options)
+    # uvicorn raises the signal that stopped it once more when it is done; the ledger must still be closed then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     server.run(sockets=[listening])
 
 
@@ -182,10 +184,10 @@ class _Server(uvicorn.Server):
             print(greeting(self.options.host, port, self.service), file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.service.is_draining = True
+        # Still listening: whoever comes now is told to try again, and /ready says so.
         log.info("stopping; running requests have up to %g s", self.options.drain_s)
+        await self.service.finish(self.options.drain_s, lambda: self.force_exit)
         await super().shutdown(sockets)
-        await asyncio.sleep(0)
 
 
 def greeting(host: str, port: int, service: Service) -> str:

@@ -15,7 +15,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -29,7 +29,7 @@ from longreach.server.keys import NO_KEY, Key, KeyStore
 from longreach.server.ledger import Ending, Ledger, Opening
 from longreach.server.limits import Admitted, Busy, RateLimiter
 from longreach.server.metrics import Metrics
-from longreach.server.models import LocalModel, Model, Prepared, Reply
+from longreach.server.models import LocalModel, Model, Prepared, Reply, stopping
 from longreach.server.prices import Price, PriceTable
 from longreach.server.routing import Choice, Router
 
@@ -39,6 +39,9 @@ RETIRED = {"deepseek-chat": False, "deepseek-reasoner": True}
 
 FLASH_NAMES = ("deepseek-v4-flash", "deepseek-flash", "deepseek-v4-flash-vision-exp")
 PRO_NAMES = ("deepseek-v4-pro",)
+
+LAST_WORDS_S = 3.0
+"""Seconds that answers ended by a stopping server have to reach their clients."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Service:
         self.metrics = Metrics(self.model_status)
         self.started = time.monotonic()
         self.is_draining = False
+        self.exchanges: set[Exchange] = set()
         self._closing: set[asyncio.Future[Any]] = set()
 
     # ---- who --------------------------------------------------------------------------------------------------------
@@ -186,15 +190,16 @@ class Service:
         model = self.catalogue.find(name)
         if model is None:
             raise self._unknown(call.model, key)
-        return model, call, await model.prepare(call), None
+        return model, call, await model.prepare(call, tenant_of(key, call.user_id)), None
 
     async def _choose(self, call: Call, key: Key) -> tuple[Model, Call, Prepared, Choice | None]:
         assert self.router is not None
         small, large = self.catalogue.small, self.catalogue.large
+        tenant = tenant_of(key, call.user_id)
         prepared: list[Prepared | ApiError] = []
         for model in (small, large):
             try:
-                prepared.append(await model.prepare(call))
+                prepared.append(await model.prepare(call, tenant))
             except ApiError as error:
                 prepared.append(error)
         first, second = prepared
@@ -205,7 +210,6 @@ class Service:
                     return model, call, ready, None
             assert isinstance(second, ApiError)
             raise second
-        tenant = tenant_of(key, call.user_id)
         prices = tuple(self.price_values(model) for model in (small, large))
         choice = self.router.choose(
             call, second.prompt_tokens, (small.known(first, tenant), large.known(second, tenant)),
@@ -232,7 +236,8 @@ class Service:
     def price_values(self, model: Model) -> tuple[Decimal, Decimal, Decimal]:
         """Hit, miss and output per million tokens; zeros where nothing is charged."""
         price = self.price_of(model)
-        return (price.hit, price.miss, price.output) if price is not None else (Decimal(0),) * 3
+        nothing = Decimal(0)
+        return (price.hit, price.miss, price.output) if price is not None else (nothing, nothing, nothing)
 
     # ---- run --------------------------------------------------------------------------------------------------------
 
@@ -243,16 +248,13 @@ class Service:
             ApiError: it is refused.
         """
         if self.is_draining:
-            raise ApiError(
-                503, "The server is stopping; try again in a moment.", type="server_error", code="server_error",
-                retry_after_s=5,
-            )  # fmt: skip
+            raise stopping()
         model, call, prepared, choice = await self._route(call, key)
         self._check_queue(model)
         admitted = self.limiter.admit(key, prepared.prompt_tokens)
         opening = Opening(
             secrets.token_hex(16), key, dialect_name, call.model, model.name, self.price_of(model),
-            Usage(prepared.prompt_tokens, 0, prepared.max_tokens * call.n), call.user_id, model.kind == "upstream",
+            Usage(prepared.prompt_tokens, 0, _expected_output(prepared) * call.n), call.user_id, model.kind == "upstream",
         )  # fmt: skip
         if isinstance(admitted, Busy):
             self.ledger.refuse(opening, admitted.reason)
@@ -271,11 +273,14 @@ class Service:
                 self.metrics.requests.labels(model.name, dialect_name, "failed").inc()
                 raise
         except BaseException:
+            self.ledger.finish(opening.id, "cancelled", Usage())  # where the client left while the row was being written
             admitted.release()
             raise
         if self.options.log_prompts:
             log.info("request %s: %s", opening.id, call.input)
-        return Exchange(self, opening, call, dialect, dialect_name, model, reply, admitted, choice)
+        exchange = Exchange(self, opening, call, dialect, dialect_name, model, reply, admitted, choice)
+        self.exchanges.add(exchange)
+        return exchange
 
     def _check_queue(self, model: Model) -> None:
         if isinstance(model, LocalModel):
@@ -288,6 +293,24 @@ class Service:
         task = asyncio.ensure_future(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    async def finish(self, seconds: float, is_forced: Callable[[], bool] = lambda: False) -> None:
+        """Take no new requests, and let the running ones finish; end those that have not after `seconds`.
+
+        An answer that is ended keeps what it has: its finish reason says that the server could not go on, its client is
+        billed for what it got, and its state stays in the cache.
+
+        Args:
+            is_forced: asked ten times a second whether to stop waiting at once.
+        """
+        self.is_draining = True
+        for until, is_last in ((time.monotonic() + seconds, False), (time.monotonic() + seconds + LAST_WORDS_S, True)):
+            while self.exchanges and time.monotonic() < until and not is_forced():
+                await asyncio.sleep(0.1)
+            if self.exchanges and not is_last:
+                log.info("%d requests have not finished in time; they are ended", len(self.exchanges))
+                for exchange in list(self.exchanges):
+                    await exchange.reply.cut()
 
     async def drain(self) -> None:
         """Wait for what replies left to do."""
@@ -336,6 +359,7 @@ class Exchange:
         if self.is_closed:
             return
         self.is_closed = True
+        self.service.exchanges.discard(self)
         usage, reply, service = self.reply.usage, self.reply, self.service
         self.admitted.release(usage.completion_tokens)
         written = service.ledger.finish(self.opening.id, status, usage, first_token_s=reply.first_token_s)
@@ -367,6 +391,11 @@ class Exchange:
             metrics.first_token_s.labels(name).observe(first)
             if usage.completion_tokens > 1:
                 metrics.token_s.labels(name).observe((whole - first) / (usage.completion_tokens - 1))
+
+
+def _expected_output(prepared: Prepared) -> int:
+    """Tokens of an answer whose cost is reserved: what was asked for, and no more than 4,096 where nothing was."""
+    return prepared.max_tokens if prepared.call.max_tokens is not None else min(prepared.max_tokens, 4096)
 
 
 def tenant_of(key: Key, user_id: str) -> str:

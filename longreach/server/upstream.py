@@ -35,7 +35,7 @@ from longreach.server.call import (
     ToolEnd,
     Usage,
 )
-from longreach.server.models import DEFAULT_TOKENS, Prepared
+from longreach.server.models import DEFAULT_TOKENS, Prepared, stopping
 from longreach.server.reader import new_call_id
 
 CONNECT_S = 10.0
@@ -75,7 +75,7 @@ class UpstreamModel:
         )  # fmt: skip
         self.running = self.tokens = self.prompt_tokens = self.hits = 0
 
-    async def prepare(self, call: Call) -> Prepared:
+    async def prepare(self, call: Call, tenant: str = "") -> Prepared:
         """The call with a guess at its size: four characters a token, as English text has."""
         size = max(1, len(orjson.dumps(self.body(call, ""))) // 4)
         return Prepared(call, size, call.max_tokens or DEFAULT_TOKENS["thinking" if call.thinking else "plain"])
@@ -251,6 +251,7 @@ class UpstreamReply:
     _calls: dict[int, dict[int, bool]] = field(default_factory=dict)
     _generated: int = 0
     _is_over: bool = False
+    _is_cut: bool = False
 
     async def start(self, timeout_s: float | None = None) -> Head | None:
         if self.head is None:
@@ -278,6 +279,11 @@ class UpstreamReply:
     def usage(self) -> Usage:
         return read_usage(self._usage, self._generated)
 
+    async def cut(self) -> None:
+        self._is_cut = True
+        if self._reading is not None:
+            self._reading.cancel()
+
     async def cancel(self) -> None:
         if not self._is_over:
             self._end()
@@ -298,6 +304,8 @@ class UpstreamReply:
 
         if self._is_over:
             return []
+        if self._is_cut:
+            return await self._last_events()
         if self._lines is None:
             self._lines = self.response.aiter_lines()
         if self._reading is None:
@@ -306,7 +314,14 @@ class UpstreamReply:
         if not done:
             return []
         task, self._reading = self._reading, None
-        return task.result()
+        return await self._last_events() if task.cancelled() else task.result()
+
+    async def _last_events(self) -> list[Event]:
+        """Of an answer that was cut."""
+        await self.cancel()
+        if self.head is None:
+            raise stopping()
+        return [Finish("insufficient_system_resource", choice=choice) for choice in range(self.call.n)]
 
     async def _read_chunk(self, lines: AsyncIterator[str]) -> list[Event]:
         try:

@@ -170,9 +170,10 @@ def report(
     r = REQUESTS.c
     columns = {"day": r.day, "key": r.key_id, "model": r.answered_by, "user": r.user_id}
     labels = [columns[name] for name in groups]
-    # A price holds for whole minutes, so requests of one minute are priced together.
-    minute = (r.started_ms - r.started_ms % _MINUTE_MS).label("minute")
-    by = [*labels, r.status, r.answered_by, minute, r.price_hit, r.price_miss]
+    # Requests between two moments at which a price can change are priced together.
+    step_ms = min((table.step_minutes for table in what_if), default=60) * _MINUTE_MS
+    moment = r.started_ms - r.started_ms % step_ms if what_if and at is None else sa.literal_column("0")
+    by = [*labels, r.status, r.answered_by, moment.label("moment"), r.price_hit, r.price_miss]
     tokens = (r.hit_tokens, r.miss_tokens, r.completion_tokens, r.reasoning_tokens)
     query = sa.select(*by, sa.func.count(), *map(sa.func.sum, (*tokens, r.amount))).where(r.status != "running")
     if since is not None:
@@ -181,17 +182,18 @@ def report(
         query = query.where(r.started_ms < _ms(until))
 
     stands_for: dict[str, str] = dict(priced_as or {})
+    grouping = [*labels, r.status, r.answered_by, "moment", r.price_hit, r.price_miss]
     lines: dict[tuple[str, ...], Line] = {}
     total = _new_line((), what_if)
     with database.read() as connection:
         names = _key_names(connection)
-        for row in connection.execute(query.group_by(*by)):
+        for row in connection.execute(query.group_by(*grouping)):
             values = list(row)
             group = tuple(
                 names.get(value, "(no key)") if name == "key" else str(value)
                 for name, value in zip(groups, values, strict=False)
             )
-            status, model, minute_ms, price_hit, price_miss, count = values[len(groups) : len(groups) + 6]
+            status, model, moment_ms, price_hit, price_miss, count = values[len(groups) : len(groups) + 6]
             hit, miss, completion, reasoning, amount = map(int, values[len(groups) + 6 :])
             usage = Usage(hit + miss, hit, completion, reasoning)
             is_billed = status in BILLED
@@ -206,7 +208,7 @@ def report(
                 line.amount += amount
                 if is_billed:
                     line.saved += hit * (price_miss - price_hit)
-                    when = at or datetime.fromtimestamp(minute_ms / 1000, UTC)
+                    when = at or datetime.fromtimestamp(moment_ms / 1000, UTC)
                     for table, found in zip(what_if, line.what_if, strict=True):
                         _add_priced(found, table, stands_for.get(str(model), str(model)), when, usage, count)
     return Report(tuple(groups), database.currency, [lines[group] for group in sorted(lines)], total)

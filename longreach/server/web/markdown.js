@@ -115,7 +115,8 @@ export class MarkdownStream {
   #text = "";
   #done = 0; // characters of #text whose blocks are final
   #kept = 0; // child nodes of #target that show them
-  #links = {}; // [name]: address lines seen so far
+  #links = {}; // [name]: address lines of final blocks
+  #hasLinks = false;
   #timer = 0;
   #pause = INTERVAL_MS;
   #finished = false;
@@ -138,10 +139,11 @@ export class MarkdownStream {
   finish() {
     clearTimeout(this.#timer);
     this.#finished = true;
-    if (Object.keys(this.#links).length) {
+    if (this.#hasLinks) {
       // Names of links may be defined below their use, which only a reading of the whole can resolve.
       this.#done = 0;
       this.#kept = 0;
+      this.#links = {};
     }
     this.#draw();
   }
@@ -151,7 +153,7 @@ export class MarkdownStream {
     const lexer = new Lexer(marked.defaults);
     Object.assign(lexer.tokens.links, this.#links);
     const tokens = lexer.lex(this.#text.slice(this.#done));
-    this.#links = tokens.links;
+    this.#hasLinks ||= Object.keys(tokens.links).length > 0;
 
     // Two blocks stay open: "1. a", then "2" is a list and a paragraph until the next letter makes it one list again.
     let open = tokens.length;
@@ -162,7 +164,10 @@ export class MarkdownStream {
     if (closed.length) {
       this.#target.append(this.#fragment(closed, tokens.links));
       this.#kept = this.#target.childNodes.length;
-      this.#done += closed.reduce((sum, token) => sum + token.raw.length, 0);
+      for (const token of closed) {
+        this.#done += token.raw.length;
+        if (token.type === "def") this.#links[token.tag] ??= { href: token.href, title: token.title };
+      }
     }
     this.#target.append(this.#fragment(tokens.slice(open), tokens.links));
     this.#pause = Math.max(INTERVAL_MS, 4 * (performance.now() - started));
