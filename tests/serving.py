@@ -67,14 +67,15 @@ class ScriptedModel(LocalModel):
     """A local model that says what it was told to, where a prompt contains a key of `script`; else it draws as usual.
 
     Attributes:
-        script: answers by a text that their prompts contain. Special tokens in them are special, an end mark is added.
+        script: answers by a text that their prompts contain, as text (special tokens in it are special) or as token ids;
+            an end mark is added.
         delay_s: seconds each step of a scripted answer takes.
         prompts: text of every prompt.
     """
 
     def __init__(self, name: str, engine: Engine, setup: ChatSetup | None = None, **options: Any) -> None:
         super().__init__(name, engine, setup or ChatSetup(texts="none"), **options)
-        self.script: dict[str, str] = {}
+        self.script: dict[str, str | list[int]] = {}
         self.prompts: list[str] = []
         self.delay_s = 0.0
         self._ids: dict[int, tuple[Any, list[int]]] = {}
@@ -100,7 +101,8 @@ class ScriptedModel(LocalModel):
         # The longest key that fits: a later turn's key may stand beside an earlier one's.
         for key in sorted(self.script, key=text.rfind, reverse=True):
             if key in text:
-                ids = self.tokenizer.encode(self.script[key], allow_special=True)
+                told = self.script[key]
+                ids = self.tokenizer.encode(told, allow_special=True) if isinstance(told, str) else told
                 self._ids[id(prepared.params)] = (prepared.params, ids)  # held, so that the address stays its own
                 break
         return prepared
