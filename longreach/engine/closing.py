@@ -217,8 +217,8 @@ def find_closing(
         found = _completed(matcher, spelling, symbols, limit)
         if found is not None and (best is None or len(found) < len(best)):
             best, longest = found, len(symbols)
-        if best is not None and token is not None:
-            break  # it fits, and another token will soon change it
+        if token is not None:
+            break  # it fits and will soon change again, or the end is too far off
     return best
 
 

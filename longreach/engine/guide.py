@@ -30,6 +30,9 @@ from longreach.engine.sampling import SamplingParams
 TRIES = 4
 """Tokens drawn and refused before the known closing is followed."""
 
+FAR = 64
+"""A known closing of more tokens that only just fits is followed at once: looking for another would take long, and in vain."""
+
 
 class Guide:
     """Where a request is. Drafts go forward and back with `advance` and `rollback`, drawn tokens forward with `take`.
@@ -107,6 +110,9 @@ class Guide:
         if self.is_waiting:
             return False
         follows = bool(self.closing) and token_id == self.closing[0]
+        if not follows and room < len(self.closing) and len(self.closing) > FAR:
+            self._refused = [token_id] * TRIES
+            return False
         if not self.advance(token_id):
             return False
         closing = self.closing[1:] if follows else self.state.closing(room, token_id, self.closing)

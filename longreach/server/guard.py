@@ -65,12 +65,22 @@ class Guard:
             return
         extra = _SECURITY + (_cors(origin) if is_foreign else [])
 
+        is_answered = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal is_answered
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *extra]
+            is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception:
+            # Starlette raises on after it has answered with a 500, and uvicorn would then cut the connection, on which the
+            # client's next request may be on its way.
+            if not is_answered:
+                raise
 
     def _allows(self, origin: str) -> bool:
         return "*" in self.origins or origin.rstrip("/").lower() in self.origins

@@ -65,7 +65,7 @@ class Reader:
         return events
 
     def take_parts(self) -> list[str]:
-        """For each token since the last call, what it belongs to: reasoning, content or tool_calls."""
+        """For each token since the last call, what it belongs to: reasoning, content, tool_calls, or a mark."""
         parts, self._parts = self._parts, []
         return parts
 
@@ -97,8 +97,10 @@ class ChatReader(Reader):
 
     def _read(self, token_id: int) -> None:
         parser = self.parser
+        before = parser.part
         events = parser.push(token_id)
-        self._parts.append(parser.part)
+        # The mark that ends the reasoning belongs to neither side; the end mark and a stop string's last token say "done".
+        self._parts.append("mark" if before == "reasoning" and parser.part == "content" else parser.part)
         if events:
             self._add(events)
         if parser.finish_reason is not None:
@@ -155,7 +157,7 @@ class TextReader(Reader):
 
     def _read(self, token_id: int) -> None:
         text = self._stream.push(token_id)
-        self._parts.append("content")
+        self._parts.append("content" if self._stream.stop_reason is None else "done")
         if text:
             self._events.append(Content(text, (), self.choice))
         self.finish_reason, self.stop_reason = self._stream.finish_reason, self._stream.stop_reason

@@ -174,11 +174,14 @@ class WholeReply(LiveReply):
         exchange, reply = self.exchange, self.exchange.reply
         await self._wait_for_start(b"\n")
         events: list[Event] = []
+        loop = asyncio.get_running_loop()
+        quiet_since = loop.time()
         while not reply.is_over:
-            more = await reply.next(2 * KEEP_ALIVE_S)
-            if not more:
+            events += await reply.next(KEEP_ALIVE_S)
+            # A long answer is as silent as a long wait.
+            if loop.time() - quiet_since >= 2 * KEEP_ALIVE_S and not reply.is_over:
                 await self._write(b"\n")
-            events += more
+                quiet_since = loop.time()
         assert reply.head is not None
         await exchange.close("completed")
         answers = collect(events, exchange.call.n)

@@ -15,6 +15,7 @@ import asyncio
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -123,6 +124,7 @@ class Service:
         self.started = time.monotonic()
         self.is_draining = False
         self.exchanges: set[Exchange] = set()
+        self._coming: Counter[str] = Counter()
         self._closing: set[asyncio.Future[Any]] = set()
 
     # ---- who --------------------------------------------------------------------------------------------------------
@@ -251,6 +253,15 @@ class Service:
             raise stopping()
         model, call, prepared, choice = await self._route(call, key)
         self._check_queue(model)
+        self._coming[model.name] += call.n
+        try:
+            return await self._begin(key, call, dialect, dialect_name, model, prepared, choice)
+        finally:
+            self._coming[model.name] -= call.n
+
+    async def _begin(
+        self, key: Key, call: Call, dialect: Dialect, dialect_name: str, model: Model, prepared: Prepared, choice: Choice | None
+    ) -> Exchange:
         admitted = self.limiter.admit(key, prepared.prompt_tokens)
         opening = Opening(
             secrets.token_hex(16), key, dialect_name, call.model, model.name, self.price_of(model),
@@ -284,7 +295,8 @@ class Service:
 
     def _check_queue(self, model: Model) -> None:
         if isinstance(model, LocalModel):
-            waiting = len(model.engine.requests) - model.engine.options.max_running
+            # Those that are on their way count: a crowd that comes at once is checked before any of it has been submitted.
+            waiting = len(model.engine.requests) + self._coming[model.name] - model.engine.options.max_running
             if waiting >= self.options.max_waiting:
                 raise busy("The server is at its limit; try again later.", max(1, math.ceil(waiting / 16)))
 
