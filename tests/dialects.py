@@ -85,7 +85,7 @@ def conversation_of(request: Any) -> tuple[Any, ...]:
     conversation, thinking = request.conversation, request.conversation.thinking_mode
     messages = []
     for message in conversation.messages:
-        calls = tuple((call.id, call.name, call.arguments) for call in message.tool_calls or ())
+        calls = tuple((call.id, call.name, _parsed(call.arguments)) for call in message.tool_calls or ())
         reasoning = (message.reasoning_content or "") if message.role == "assistant" else ""
         messages.append((message.role, message.content, reasoning, calls, message.tool_call_id or "", message.prefix))
     tools = [] if conversation.tool_choice == "none" else [
@@ -96,6 +96,14 @@ def conversation_of(request: Any) -> tuple[Any, ...]:
         _as_shown(messages), tuple(tools), thinking, effort if thinking else None, conversation.response_format,
         conversation.response_schema, conversation.tool_choice == "required",
     )  # fmt: skip
+
+
+def _parsed(arguments: str) -> Any:
+    """Arguments without their spaces, which the model is not shown."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
 
 
 def _as_shown(messages: list[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -113,7 +121,7 @@ def _as_shown(messages: list[tuple[Any, ...]]) -> tuple[Any, ...]:
 def plain(call: Call) -> tuple[Any, ...]:
     conversation: Any = call.input
     messages = _as_shown([
-        (m.role, m.content, m.reasoning or "", tuple((c.id, c.name, c.arguments) for c in m.tool_calls), m.tool_call_id,
+        (m.role, m.content, m.reasoning or "", tuple((c.id, c.name, _parsed(c.arguments)) for c in m.tool_calls), m.tool_call_id,
          m.is_open)
         for m in conversation.messages
     ])  # fmt: skip

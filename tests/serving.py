@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +21,7 @@ import uvicorn
 
 from longreach.chat.dsml import call_parts
 from longreach.chat.messages import ToolCall
+from longreach.checkpoint.save import save_model
 from longreach.engine.engine import Engine, EngineOptions
 from longreach.engine.sampler import Sampled
 from longreach.model.config import ModelConfig
@@ -184,3 +190,83 @@ def live_server(
                 yield server
             finally:
                 server.stop()
+
+
+def save_run(folder: Path, seed: int = 1, context: int = CONTEXT) -> Path:
+    """A directory that `longreach serve` can be given: the untrained model of `make_engine`."""
+    tokenizer = make_tokenizer()
+    config = ModelConfig.preset("tiny").replace(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
+    return save_model(Transformer(config, seed=seed), folder / "model", tokenizer=tokenizer)
+
+
+class ServerProcess:
+    """`longreach serve` as its users run it, in a process of its own, with `arguments` after the command's name.
+
+    Attributes:
+        lines: what it has written to stderr so far.
+    """
+
+    def __init__(self, *arguments: object, wait: bool = True) -> None:
+        command = [sys.executable, "-m", "longreach", "serve", *map(str, arguments)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = ""
+        if wait:
+            wait_until(self._find_url, 60)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def _find_url(self) -> bool:
+        assert self.process.poll() is None, "the server ended: " + "\n".join(self.lines)
+        found = re.search(r"^longreach .* at (http://\S+)$", self.text, re.MULTILINE)
+        self.url = found[1] if found else ""
+        return bool(found) and any(line.startswith("stop ") for line in self.lines)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def rss_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """Its exit status, once it has ended by itself."""
+        code = self.process.wait(timeout_s)
+        self._reader.join(10)
+        return code
+
+    def stop(self) -> int:
+        self.signal()
+        return self.wait()
+
+    def kill(self) -> None:
+        """As a power failure would end it."""
+        self.process.kill()
+        self.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Any
 
@@ -275,6 +274,7 @@ def test_a_schema_for_the_answer_is_honoured_in_both_places_it_is_sent():
             'output_config.format.type must be one of json_schema, not "xml"',
         ),
         ({"messages": [USER, assistant(use()), assistant(text())]}, "messages.1: `tool_use` ids were found without"),
+        ({"messages": [user()]}, "at least one message must have content"),
         ({"metadata": {"user_id": "x" * 600}}, "metadata.user_id is longer than 512 bytes"),
         ({"max_tokens": -3}, "max_tokens must be an integer of at least 0, not -3"),
     ],
@@ -413,4 +413,3 @@ def test_two_thousand_mangled_bodies_are_read_or_refused_and_nothing_else():
     bodies = [rich, *(random_request(rng) for _ in range(30)), *(body(**fault) for fault in FAULTS)]
     read_count, refused = survives(ANTHROPIC, bodies, 5, 2000)
     assert min(read_count, refused) > 150
-    json.dumps(rich)

@@ -191,6 +191,8 @@ FAULTS: list[dict[str, Any]] = [
     {"tools": [chat_tool("f")], "tool_choice": {"type": "allowed_tools"}}, {"tool_choice": "required"},
     {"tools": [chat_tool("f")], "tool_choice": "required", "thinking": OFF, "response_format": {"type": "json_object"},
      "messages": [{"role": "user", "content": "json"}]},
+    {"tools": [chat_tool("f", strict=True)], "thinking": OFF, "response_format": {"type": "json_object"},
+     "messages": [{"role": "user", "content": "json"}]},
     {"messages": [USER, {"role": "assistant", "content": "x", "prefix": True}], "tools": [chat_tool("f")]},
     {"messages": [{"role": "user", "content": "json"}, {"role": "assistant", "content": "x", "prefix": True}],
      "response_format": {"type": "json_object"}},

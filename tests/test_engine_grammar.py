@@ -399,7 +399,6 @@ def test_a_closing_completes_the_text_from_anywhere(tokenizer, form):
         end = state.copy()
         assert all(end.advance(token) for token in closing)
         assert end.is_finished
-        assert state.closing(len(closing) - 1) is None or len(closing) > 0
 
 
 def test_white_space_in_json_has_an_end_unless_it_is_asked_for(tokenizer):
@@ -423,7 +422,7 @@ def deep(count: int) -> str:
         (dict(json_schema={"properties": {f"p{i}": {"type": "string"} for i in range(30_000)}}), "is too large|more than"),
         (dict(json_schema=deep(10_000)), "nested more than 64 deep"),
         (dict(json_schema=deep(70)), "nested more than 64 deep"),
-        (dict(json_schema={"type": "integer", "multipleOf": 1_000_003}), "multipleOf of 1000003 in all, at most 100000"),
+        (dict(json_schema={"type": "integer", "multipleOf": 1_000_003}), "multipleOf of 1000003 in all, at most 20000"),
         (dict(json_schema={"type": "array", "items": {"type": "integer"}, "minItems": 10**9}), "no text that ends within"),
         (dict(json_schema={"type": "string", "minLength": 10**9}), "no text that ends within|cannot be used"),
         (dict(json_schema={"$ref": "#"}), "allows no text"),
@@ -450,8 +449,12 @@ def test_a_hostile_grammar_is_refused_soon_and_in_one_line(tokenizer, form, mess
 def test_a_pattern_that_looks_catastrophic_is_followed_or_ends_its_own_request(tokenizer, pattern):
     began = time.perf_counter()
     grammar = compile_grammar(tokenizer, regex=pattern)
-    ids = guided(tokenizer, SamplingParams(max_tokens=len(grammar.shortest) + 5, grammar=grammar), 0)
-    assert ids
+    params, end = SamplingParams(max_tokens=len(grammar.shortest) + 5, grammar=grammar), ""
+    try:
+        assert guided(tokenizer, params, 0)
+    except RequestError as error:
+        end = str(error)
+    assert end == "" or end.startswith("the grammar cannot be followed any further: ")
     assert time.perf_counter() - began < 20, "seconds; well under one on an idle core"
 
 

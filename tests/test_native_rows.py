@@ -14,7 +14,8 @@ from shuffled import shuffled
 from longreach.errors import ShapeError
 from longreach.model.cache import ContiguousCache
 from longreach.model.config import ModelConfig
-from longreach.model.native_pass import PASS_ROWS, NativeRows, product
+from longreach.model.native_pass import NativeRows, product
+from longreach.model.native_runs import PASS_ROWS
 from longreach.model.paged import Arena, PagedSequence, Segment, replay_start
 from longreach.model.transformer import Transformer
 from longreach.native import library, status
@@ -64,7 +65,7 @@ def plain_twin(model: Transformer) -> Transformer:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("inner", [1, 15, 16, 17, 48, 130, 512])
+@pytest.mark.parametrize("inner", [1, 15, 16, 17, 48, 130, 512, 1030])
 def test_a_row_times_a_matrix_has_the_same_bits_in_every_company(inner, count):
     generator = torch.Generator().manual_seed(inner)
     for out in (1, 3, 4, 7, 16, 33, 600):
@@ -296,6 +297,44 @@ def test_drafts_of_paged_sequences_have_the_bits_of_a_whole_pass(model):
         assert torch.equal(hidden, torch.cat([whole.mtp[i, a:b] for i, a, b in parts]))
         assert after.shape == streams.shape
         at = [b for _, _, b in parts]
+
+
+def test_a_draft_of_last_tokens_alone_has_their_bits(model):
+    tokens = tokens_of(3, 200)
+    with torch.no_grad():
+        whole = model.features(tokens, keep=("streams", "mtp"))
+    rows, arena = NativeRows.of(model), Arena(model.config, num_slots=6, num_pages=1)
+    assert rows is not None
+    alone, together = ([PagedSequence(arena, slot) for slot in range(first, first + 3)] for first in (0, 3))
+    at = [0, 0, 0]
+    for counts in ([3, 100, 1], [1, 2, 1], [2, 1, 65], [64, 5, 2], [2, 2, 129], [90, 40, 1]):
+        parts = [(i, at[i], at[i] + n) for i, n in enumerate(counts)]
+        following = [tokens[i, a + 1 : b + 1] for i, a, b in parts]
+        streams, flat = torch.cat([whole.streams[i, a:b] for i, a, b in parts]), torch.cat(following)
+        mine, theirs = (
+            rows.draft(
+                flat, [Segment(s, t.tolist()) for s, t in zip(sequences, following, strict=True)], streams, **how
+            )
+            for sequences, how in ((alone, {"last_only": True}), (together, {}))
+        )
+        last = torch.tensor(counts).cumsum(0) - 1
+        assert torch.equal(mine[0], torch.stack([whole.mtp[i, b - 1] for i, _, b in parts]))
+        assert torch.equal(mine[0], theirs[0][last]) and torch.equal(mine[1], theirs[1][last])
+        at = [b for _, _, b in parts]
+        assert [s.extent.mtp_hi for s in alone] == [s.extent.mtp_hi for s in together] == at
+
+
+def test_a_token_the_model_does_not_have_is_refused_and_nothing_moves(model):
+    rows, arena = NativeRows.of(model), Arena(model.config, num_slots=1, num_pages=1)
+    assert rows is not None
+    sequence = PagedSequence(arena, 0)
+    sequence.pages = [0]
+    for token in (-1, 97):
+        with pytest.raises(IndexError, match="outside the model's vocabulary"):
+            model.extend([Segment(sequence, [5, token])])
+        with pytest.raises(IndexError, match="outside the model's vocabulary"):
+            rows.draft(torch.tensor([token]), [Segment(sequence, [token])], torch.zeros(1, 4, 48))
+    assert sequence.length == sequence.extent.mtp_hi == 0
 
 
 def test_a_forked_process_and_several_threads_at_once_compute_the_same():

@@ -58,6 +58,7 @@ SCRIPT = {
     "Paris and Rome": "Two cities.</think>"
     + calls_text(("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Rome", "days": 3}), ("get_time", {})),
     "rain in Rome": "Both are known.</think>Sunny in Paris, rain in Rome.",
+    "capital of Italy": "It is Rome.",
     "count to five": "1 2 3 4 5 END</think>1 2 3 4 5 END 6 7 8",
     "def middle": "    return a + b\n",
     "no end of text": "word " * 2000,
@@ -208,23 +209,24 @@ def test_a_common_beginning_is_found_in_the_cache_and_every_token_is_a_hit_or_a_
         return usage.prompt_cache_hit_tokens, usage.prompt_tokens
 
     common = len(TOKENIZER.encode("A long contract. " * 40)) + 2  # a mark before it, a mark behind it
-    assert ask("Who signs?")[0] == 0
+    nothing = 3  # marks and a letter, which prompts of other tests begin with too
+    assert ask("Who signs?")[0] < nothing
     ask("When does it end?")
     hits, _ = ask("Is there a fee?")
     assert common - 128 <= hits <= common
     hits, prompt = ask("Who signs?")
     assert hits >= prompt - 128
-    assert ask("Who signs?", user_id="another user")[0] == 0
+    assert ask("Who signs?", user_id="another user")[0] < nothing
     hits, prompt = ask("Who signs?", user_id="another user")
     assert hits >= prompt - 128
 
 
 def test_the_next_turn_finds_the_whole_last_turn_in_the_cache(client: OpenAI) -> None:
-    history = say("What is the capital of France? " + "Tell me more. " * 60)
-    first = client.chat.completions.create(model="small", messages=history, extra_body=OFF, max_tokens=20)
-    history += [{"role": "assistant", "content": first.choices[0].message.content}, *say("And of Italy?")]
+    history = say("Tell me more. " * 60 + "What is the capital of Italy?")
+    first = client.chat.completions.create(model="small", messages=history, extra_body=OFF)
+    history += [{"role": "assistant", "content": first.choices[0].message.content}, *say("And of Spain?")]
     second = client.chat.completions.create(model="small", messages=history, extra_body=OFF, max_tokens=2).usage
-    assert second.prompt_cache_hit_tokens >= first.usage.total_tokens - 2
+    assert second.prompt_cache_hit_tokens >= first.usage.total_tokens - 1
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
@@ -769,9 +771,9 @@ def test_another_key_finds_nothing_of_a_cached_prompt(guarded: LiveServer) -> No
         )
         return reply.usage.prompt_cache_hit_tokens
 
-    assert hits(guarded.secrets[0]) == 0
+    assert hits(guarded.secrets[0]) < 3  # marks that this key's other prompts begin with too
     assert hits(guarded.secrets[0]) > 100
-    assert hits(guarded.secrets[2]) == 0
+    assert hits(guarded.secrets[2]) < 3
 
 
 # ---- failures -------------------------------------------------------------------------------------------------------
@@ -895,7 +897,7 @@ def test_a_queued_request_is_kept_alive_and_both_forms_are_understood(
             )
 
         question = {"model": "small", "messages": say("What is the capital of France?"), "stream": True}
-        held = occupied(1.5)
+        held = occupied(1.2)
         next(iter(held))
         began = time.monotonic()
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=question, timeout=30) as reply:
@@ -906,16 +908,27 @@ def test_a_queued_request_is_kept_alive_and_both_forms_are_understood(
         assert first_byte_s < 1.0 and first == b": keep-alive\n\n"
         assert rest.count(b": keep-alive\n\n") >= 2 and rest.endswith(b"data: [DONE]\n\n")
 
-        held = occupied(1.2)
+        held = occupied(0.9)
         next(iter(held))
         chunks = list(client.chat.completions.create(**question))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "It is Paris."
 
-        held = occupied(1.2)
+        held = occupied(0.9)
         next(iter(held))
         raw = client.chat.completions.with_raw_response.create(**(question | {"stream": False}))
-        assert raw.text.startswith("\n\n{")
+        assert raw.text.startswith("\n\n")
         assert raw.parse().choices[0].message.content == "It is Paris."
+
+
+def test_a_long_answer_that_is_not_streamed_keeps_its_connection_alive(
+    server: LiveServer, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(server.model, "delay_s", 0.02)
+    raw = client.chat.completions.with_raw_response.create(
+        model="small", messages=say("no end of text"), max_tokens=50, extra_body=OFF
+    )
+    assert raw.text.startswith("\n\n") and raw.parse().choices[0].message.content.startswith("word word")
 
 
 def test_beyond_the_longest_queue_requests_are_refused_with_429(tmp_path: Path) -> None:
@@ -1039,6 +1052,10 @@ def test_an_upstream_tool_loop_and_its_logprobs_and_choices_pass_through(chain: 
         assert text.decode("utf-8", "replace") == choice.message.content
     filled = client.completions.create(model="big", prompt="def middle(a, b):\n", suffix="\n", max_tokens=30)
     assert filled.choices[0].text == "    return a + b\n"
+    echoed = client.completions.create(model="big", prompt="def middle(a, b):\n", echo=True, max_tokens=30)
+    assert echoed.choices[0].text == "def middle(a, b):\n    return a + b\n"
+    likely = client.completions.create(model="big", prompt="def middle(a, b):\n", logprobs=2, max_tokens=30).choices[0]
+    assert "".join(likely.logprobs.tokens) == likely.text and len(likely.logprobs.top_logprobs[0]) == 2
     plan = client.chat.completions.parse(
         model="big", messages=say("Make a plan"), response_format=Plan, max_tokens=150, extra_body=OFF
     )
@@ -1052,6 +1069,28 @@ def test_an_upstream_refusal_about_the_request_is_passed_on(chain: tuple[LiveSer
             client.chat.completions.create(model="big", messages=say("word " * 5000), stream=stream)
     with pytest.raises(openai.BadRequestError, match="logit_bias"):
         client.chat.completions.create(model="big", messages=say("Hi"), logit_bias={"100000": 1})
+
+
+def test_a_request_that_waits_at_the_upstream_is_kept_alive_and_can_be_left(tmp_path: Path) -> None:
+    model = scripted("remote-name", max_running=1)
+    model.delay_s = 0.02
+    with live_server(tmp_path / "back", model) as back:
+        upstream = UpstreamModel("big", f"{back.url}/v1", remote="remote-name")
+        with live_server(tmp_path / "front", upstream) as front:
+            client = client_of(front)
+            held = client.chat.completions.create(
+                model="big", messages=say("no end of text"), stream=True, max_tokens=1500
+            )
+            next(iter(held))
+            body = {"model": "big", "messages": say("What is the capital of France?"), "stream": True}
+            began = time.monotonic()
+            with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=body, timeout=30) as reply:
+                assert next(reply.iter_bytes()) == b": keep-alive\n\n"
+                assert time.monotonic() - began < 1.0
+                assert back.running == 2
+            wait_until(lambda: back.running == 1, timeout_s=2)
+            held.close()
+            wait_until(lambda: back.running == 0, timeout_s=2)
 
 
 def test_leaving_a_stream_reaches_the_upstream(chain: tuple[LiveServer, LiveServer]) -> None:
@@ -1087,4 +1126,4 @@ def test_an_unreachable_upstream_is_503_and_a_wrong_key_there_is_502(
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model="locked", messages=say("Hi"))
         assert caught.value.status_code == 502 and "key" not in caught.value.body["message"]
-        assert [row.status for row in server.rows()] == ["failed", "failed"]
+        wait_until(lambda: [row.status for row in server.rows()] == ["failed", "failed"])

@@ -87,7 +87,7 @@ class StubServer:
             model("deepseek-v4-flash", parameters=284_000_000_000),
             model("deepseek-v4-pro", parameters=1_600_000_000_000),
             {"id": "auto", "object": "model", "owned_by": "longreach"},
-            model("base", chat_trained=False, thinking=False, parameters=20_500_000, context=4096),
+            model("base", chat_trained=False, parameters=20_500_000, context=4096),
         ]
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []

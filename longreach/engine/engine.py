@@ -263,7 +263,7 @@ class Engine:
 
         Raises:
             RequestError: an empty prompt, a token outside the vocabulary, a prompt beyond the context or the memory, wrong
-                parameters, or an id in use. The engine is as before.
+                parameters, a grammar whose shortest text does not fit, or an id in use. The engine is as before.
         """
         if self._is_closed:
             raise RequestError("this engine is closed; make another one")

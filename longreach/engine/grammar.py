@@ -40,7 +40,7 @@ MOST_BYTES = 1 << 18
 MOST_DEPTH = 64
 """Objects and lists of a schema inside each other, and brackets of a regular expression."""
 
-MOST_MULTIPLES = 100_000
+MOST_MULTIPLES = 20_000
 """The sum of all `multipleOf` of a schema, each without its decimal point: an automaton counts remainders one by one."""
 
 MOST_STATES = 30_000

@@ -20,6 +20,7 @@ from torch import Tensor
 from longreach.engine.request import Request
 from longreach.engine.sampler import Sampler, SampleRow
 from longreach.engine.sampling import SamplingParams
+from longreach.model.native_pass import NativeRows
 from longreach.model.paged import PagedSequence, Segment
 from longreach.model.transformer import Transformer
 from longreach.ops.linear import linear
@@ -80,6 +81,7 @@ class MTPDrafter:
         self.model, self.sampler, self.count = model, sampler, count
         self.head = model.head.weight[: max(LEAST_GUESSABLE, vocab_size // GUESSABLE)][:vocab_size].detach()
 
+    @torch.inference_mode()
     def propose(self, requests: Sequence[Request]) -> None:
         """Set `drafts` of each request, from the streams of the tokens it has just read."""
         asking, segments, streams = [], [], []
@@ -94,30 +96,49 @@ class MTPDrafter:
             segments.append(Segment(sequence, request.tokens[start + 1 : sequence.length + 1]))
             streams.append(read[start - first : sequence.length - first])
             asking.append(request)
-        hidden, out = self.model.draft(segments, torch.cat(streams).unsqueeze(0))
-        last = torch.tensor([len(s.tokens) for s in segments]).cumsum(0) - 1
-        hidden, out = hidden[:, last], out[:, last]
-        lengths = [s.sequence.length for s in segments]
+        hidden, out = self._draft(segments, streams[0] if len(streams) == 1 else torch.cat(streams))
         for i in range(self.count):
-            with torch.inference_mode():
-                logits = linear(hidden[0].to(self.head.dtype), self.head).float()
-            rows = [SampleRow(_plain(r.params), r.seed, r.num_generated + i) for r in asking]
-            for request, drawn in zip(asking, self.sampler.sample(logits, rows), strict=True):
-                if drawn.token_id >= 0 and len(request.drafts) == i < request.limit - len(request.tokens) - 1:
-                    request.drafts.append(drawn.token_id)
+            for request, token in zip(asking, self._drawn(hidden, asking, i), strict=True):
+                if token >= 0 and i < request.limit - len(request.tokens) - 1:
+                    request.drafts.append(token)
             on = [n for n, request in enumerate(asking) if len(request.drafts) == i + 1]
             if i + 1 == self.count or not on:
                 break
-            asking, lengths = [asking[n] for n in on], [lengths[n] for n in on]
-            segments = [Segment(segments[n].sequence, asking[k].drafts[-1:]) for k, n in enumerate(on)]
-            hidden, out = self.model.draft(segments, out[:, on])
+            asking = [asking[n] for n in on]
+            segments = [
+                Segment(segments[n].sequence, request.drafts[-1:]) for n, request in zip(on, asking, strict=True)
+            ]
+            hidden, out = self._draft(segments, out if len(on) == len(out) else out[on])
         for request in requests:  # guesses were only tried
             request.work.place.sequence.truncate_mtp(request.work.place.sequence.length)
+
+    def _draft(self, segments: Sequence[Segment], streams: Tensor) -> tuple[Tensor, Tensor]:
+        """What the block makes of each segment's last token: hidden states `[segments, D]`, streams `[segments, n, D]`."""
+        rows = NativeRows.of(self.model, looked=True)  # by `extend`, which made the streams
+        if rows is not None and rows.suits_segments(segments):
+            tokens = torch.tensor([t for segment in segments for t in segment.tokens])
+            return rows.draft(tokens, segments, streams, last_only=True)
+        hidden, out = self.model.draft(segments, streams.unsqueeze(0))
+        last = torch.tensor([len(segment.tokens) for segment in segments]).cumsum(0) - 1
+        return hidden[0, last], out[0, last]
+
+    def _drawn(self, hidden: Tensor, asking: Sequence[Request], ahead: int) -> list[int]:
+        """A token for each, `ahead` places after the next; -1 where there is none."""
+        logits = linear(hidden.to(self.head.dtype), self.head).float()
+        if all(_is_largest(request.params, request.num_generated + ahead) for request in asking):
+            return logits.argmax(dim=-1).tolist()
+        rows = [SampleRow(_plain(r.params), r.seed, r.num_generated + ahead) for r in asking]
+        return [drawn.token_id for drawn in self.sampler.sample(logits, rows)]
 
     @staticmethod
     def _kept(request: Request, read: int) -> int:
         """How many of the rows just read are still true: wrong drafts came last."""
         return read - request.work.dropped
+
+
+def _is_largest(params: SamplingParams, position: int) -> bool:
+    """Whether the token drawn there is the one with the largest logit, history apart."""
+    return params.temperature == 0 and not params.logit_bias and position >= params.min_tokens
 
 
 def _plain(params: SamplingParams) -> SamplingParams:

@@ -29,6 +29,11 @@ typedef struct {
     float *o;
 } Turning;
 
+static void finish_kv(const Attention *a, float *kv, const float *turn) {
+    rms_norm(kv, a->kv_norm, a->H, a->eps, kv);
+    rotate(kv, turn, a->H, a->rope, 1);
+}
+
 static void turn_rows(void *context, int64_t item, int thread) {
     const Turning *c = context;
     const Attention *a = c->a;
@@ -41,9 +46,7 @@ static void turn_rows(void *context, int64_t item, int thread) {
             rms_norm(q, NULL, a->H, a->eps, q);
             rotate(q, turn, a->H, a->rope, 1);
         }
-        float *kv = to->kv + m * a->H;
-        rms_norm(kv, a->kv_norm, a->H, a->eps, kv);
-        rotate(kv, turn, a->H, a->rope, 1);
+        finish_kv(a, to->kv + m * a->H, turn);
         add_ape(&a->compressor, to->raw + m * 2 * a->compressor.channels, c->position[m]);
         if (heads) add_ape(&a->index_compressor, to->index_raw + m * 2 * a->index_compressor.channels, c->position[m]);
         for (int64_t h = 0; h < heads; h++) {
@@ -334,6 +337,22 @@ static void remember(const Attention *a, const Segment *s, Projected from, int64
         *raw_lo = push(buffer, keep, width, lo, first, (i ? from.index_raw : from.raw) + row * width, count);
         complete(c, buffer, *raw_lo, first, count, s->held, i ? &s->index_entries : &s->entries, a->frequencies, a->rope);
     }
+}
+
+/* Put into the windows of a sliding layer what it keeps of rows x [M, D], but for the last row of each segment, which is all
+   that stays in it. kv: M * H floats. */
+void remember_all_but_last(const Attention *a, int64_t M, const float *x, const float *table, float *kv, Segment *segments,
+                           int64_t num_segments) {
+    int64_t H = a->H;
+    Product p = {.W = a->wkv, .M = M, .out = H, .in = a->D, .x = x, .x_step = a->D, .y = kv, .y_step = H};
+    products(&p, 1);
+    for (int64_t m = 0; m < M; m++) finish_kv(a, kv + m * H, table + m * a->rope);
+    for (Segment *s = segments; s < segments + num_segments; s++)
+        while (s->count > 1) {
+            int64_t count = s->count - 1 < REWIND ? s->count - 1 : REWIND;
+            s->window_lo = push(s->window, a->window - 1 + REWIND, H, s->window_lo, s->first, kv + s->row * H, count);
+            s->row += count, s->first += count, s->count -= count;
+        }
 }
 
 static int64_t visible(const Attention *a, int64_t position) { return a->ratio ? (position + 1) / a->ratio : 0; }

@@ -2,7 +2,7 @@
 
 #include "rows.h"
 
-static void layer(const Layer *l, const Rows *r, Space *space) {
+void layer(const Layer *l, const Rows *r, Space *space) {
     const Attention *a = &l->attn;
     int64_t M = r->M, D = a->D, n = l->attn_hc.n, NH = a->N * a->H;
     float *x = TAKE(space, float, M * D), *y = TAKE(space, float, M * D), *z = TAKE(space, float, M * (2 + n) * n);

@@ -76,6 +76,29 @@ class Rows(Bound):
         + [(name, c_void_p) for name in ("routing", "selection", "scores")]  # fmt: skip
 
 
+class Network(Bound):
+    _fields_ = [("layers", c_void_p)] \
+        + [(name, c_void_p) for name in ("embed", "frequencies", "compressed_frequencies", "enorm", "hnorm", "e_proj",
+                                         "h_proj")] \
+        + [(name, c_int64) for name in ("num_layers", "vocab", "pairs")] \
+        + [(name, c_float) for name in ("enorm_eps", "hnorm_eps")] \
+        + [("collapse", Hyper), ("mtp_collapse", Hyper)]  # fmt: skip
+
+
+HOME_FIELDS = (*SEGMENT_FIELDS, "window_step", "raw_step", "index_raw_step", "keep")
+"""The columns of an int64 table whose rows are C's `Home`s."""
+
+STANDING_FIELDS = ("count", "first", "held", "slot", "window_lo", "pages")
+"""The columns of an int64 table whose rows are C's `Standing`s."""
+
+
+class SequencePass(Bound):
+    """C's `Pass`."""
+
+    _fields_ = [(name, c_int64) for name in ("M", "num_sequences", "num_keeps", "last_only")] \
+        + [(name, c_void_p) for name in ("token", "standing", "raw_lo", "homes", "before", "streams", "hidden")]  # fmt: skip
+
+
 P, N = c_void_p, c_int64
 _ARGUMENTS = {
     "lr_linear": (P, P, P, N, N, N),
@@ -91,12 +114,17 @@ _ARGUMENTS = {
     "lr_select_top": (P, N, N, P, P),
     "lr_mixture": (P, N, P, P, P, P),
     "lr_layer": (P, P),
+    "lr_advance": (P, P),
+    "lr_draft": (P, P),
+    "lr_tell": (P, N, P, P, P),
 }
-_CAN_FAIL = {"lr_attend", "lr_index_scores", "lr_mixture", "lr_layer"}
-"""They ask for memory, and return 1 if there was none."""
+_CAN_FAIL = {"lr_attend", "lr_index_scores", "lr_mixture", "lr_layer", "lr_advance", "lr_draft", "lr_tell"}
+"""They ask for memory, and return 1 if there was none; 2 for a token the model does not have."""
 
 
 def _checked(failed: int, function: Any, arguments: Any) -> None:
+    if failed == 2:
+        raise IndexError("a token id is outside the model's vocabulary; give ids from 0 to vocab_size - 1")
     if failed:
         raise MemoryError("no memory for one pass of the compiled functions; give fewer tokens at a time")
 

@@ -33,6 +33,15 @@ static inline void pause_briefly(void) {
 #endif
 }
 
+/* The lock is held for some instructions only: going to sleep over it would cost a hundred times as much. */
+static void lock_soon(void) {
+    for (int i = 0; i < LOOKS; i++) {
+        if (!pthread_mutex_trylock(&pool.lock)) return;
+        pause_briefly();
+    }
+    pthread_mutex_lock(&pool.lock);
+}
+
 static void work(int thread) {
     for (int64_t i; (i = __atomic_fetch_add(&pool.next, 1, __ATOMIC_RELAXED)) < pool.count;) pool.task(pool.context, i, thread);
 }
@@ -42,7 +51,7 @@ static void *help(void *number) {
     uint64_t seen = 0;
     for (;;) {
         for (int i = 0; i < LOOKS && __atomic_load_n(&pool.loop, __ATOMIC_RELAXED) == seen; i++) pause_briefly();
-        pthread_mutex_lock(&pool.lock);
+        lock_soon();
         while (pool.loop == seen) {
             pool.sleeping++;
             pthread_cond_wait(&pool.arrived, &pool.lock);
@@ -73,7 +82,7 @@ void share(Task task, void *context, int64_t count, int64_t numbers) {
         for (int64_t i = 0; i < count; i++) task(context, i, 0);
         return;
     }
-    pthread_mutex_lock(&pool.lock);
+    lock_soon();
     while (pool.helpers < num_threads - 1) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, help, (void *)(intptr_t)(pool.helpers + 1))) break;
@@ -86,7 +95,7 @@ void share(Task task, void *context, int64_t count, int64_t numbers) {
     if (pool.sleeping) pthread_cond_broadcast(&pool.arrived);
     pthread_mutex_unlock(&pool.lock);
     work(0);
-    pthread_mutex_lock(&pool.lock);
+    lock_soon();
     pool.open = 0; /* from here on nobody joins */
     pthread_mutex_unlock(&pool.lock);
     for (int i = 0; __atomic_load_n(&pool.active, __ATOMIC_ACQUIRE); i++)

@@ -214,6 +214,37 @@ typedef struct { /* one pass of M rows */
     float *scores;                /* out: [M, E], or NULL */
 } Rows;
 
+/* ---- a pass of an engine's sequences (pass.c) --------------------------------------------------------------------------- */
+
+typedef struct { /* a model's weights; without an MTP block the last of each are missing */
+    const Layer *const *layers; /* the main layers, then the MTP block's */
+    const float *embed, *frequencies[2], *enorm, *hnorm, *e_proj, *h_proj; /* frequencies without and with compression */
+    int64_t num_layers, vocab, pairs;
+    float enorm_eps, hnorm_eps;
+    Hyper collapse, mtp_collapse;
+} Network;
+
+typedef struct { /* where an arena keeps one layer */
+    Segment first;                                /* of the state block in slot 0, and of page 0 */
+    int64_t window_step, raw_step, index_raw_step; /* bytes from slot to slot */
+    int64_t keep;                                 /* which of a sequence's raw_lo is this layer's */
+} Home;
+
+typedef struct { /* one sequence: `count` new tokens from position `first` on */
+    int64_t count, first, held, slot, window_lo;
+    const int64_t *pages;
+} Standing;
+
+typedef struct {
+    int64_t M, num_sequences, num_keeps, last_only;
+    const int64_t *token; /* [M] */
+    const Standing *standing;
+    const int64_t *raw_lo; /* [num_sequences, num_keeps] */
+    const Home *homes;     /* of the main layers, then of the MTP block */
+    const float *before;
+    float *streams, *hidden;
+} Pass;
+
 /* ---- the parts of a layer ---------------------------------------------------------------------------------------------- */
 
 /* Memory of one call, handed out piece by piece; every piece begins on a cache line. `base` NULL: only counts. */
@@ -231,6 +262,8 @@ INLINE void *take(Space *space, size_t bytes) {
 
 void hyper_enter(const Hyper *h, int64_t M, const float *streams, float *z, float *x, float *post, float *comb);
 void hyper_leave(const Hyper *h, int64_t M, float *streams, const float *y, const float *post, const float *comb);
+void lr_collapse(const Hyper *h, int64_t M, const float *streams, float *z, float *hidden);
+void layer(const Layer *l, const Rows *r, Space *space);
 
 typedef struct { /* what attention_in makes of M rows */
     float *low, *q, *kv, *raw, *index_q, *index_weight, *index_raw;
@@ -239,6 +272,9 @@ typedef struct { /* what attention_in makes of M rows */
 void attention_in(const Attention *a, int64_t M, const float *x, const int64_t *position, const float *table, Projected to);
 void attention_out(const Attention *a, int64_t M, float *o, const float *table, float *low, float *y);
 void attend_rows(const Attention *a, const Rows *r, Projected from, float *out, Space *space);
+void remember_all_but_last(const Attention *a, int64_t M, const float *x, const float *table, float *kv, Segment *segments,
+                           int64_t num_segments);
+void lr_rope_table(const float *frequencies, int64_t pairs, const int64_t *position, int64_t M, float *table);
 void attend(const Attention *a, const float *q, const float *const *key, int64_t S, int64_t head, int64_t head_stop,
             float *p, float *out);
 void index_scores(const float *const *q, const float *const *weight, int64_t rows, const float *const *key, int64_t count,

@@ -38,16 +38,16 @@ from longreach.server.request_rules import (
     MAX_MESSAGES,
     MAX_OUTPUT_TOKENS,
     ToolChoice,
+    check_declared,
     check_max_tokens,
-    check_parameters,
     check_reasoning_came_back,
     check_stop,
     check_tool_name,
-    check_tools,
     choose_thinking,
     function_object,
     hosted_sampling,
     json_schema_format,
+    only_tools,
     read_max_tokens,
     read_sampling,
     read_thinking,
@@ -127,16 +127,11 @@ class Anthropic:
             check_tool_name(tool.name, f"tools[{i}].name")
         messages = _check_turns(turns, rules)
         check_reasoning_came_back(messages, thinking, bool(tools), rules, "content[].thinking")
-        for tool, _, schema in tools if choice != "none" else ():
-            if schema is None and rules.hosted:
-                raise ApiError(400, f"Invalid schema for function '{tool.name}': null is not of types"
-                               ' "boolean", "object"')  # fmt: skip
-            check_parameters(tool.name, schema, rules)
-        tools = tuple(tool for tool, _, _ in tools) if choice != "none" else ()
-        check_tools(tools)
+        declared = [(tool, schema) for tool, _, schema in tools] if choice != "none" else []
+        tools = check_declared(declared, rules, needs_schema=True)
         choice, tool_name = settle_tool_choice(choice, tool_name, tools, thinking, rules)
         if tool_name is not None and rules.hosted:
-            tools = tuple(tool for tool in tools if tool.name == tool_name)
+            tools = only_tools(tools, [tool_name])
         check_stop(stop, is_list=True)
         sampling = read_sampling(fields, numbers)
         if rules.hosted:
@@ -414,7 +409,10 @@ def _check_turns(turns: list[_Turn], rules: Rules) -> tuple[Message, ...]:
             parts = [f"<system-reminder>\n{reminder}\n</system-reminder>"] if parts else []
         if parts:
             texts.append(Message("user", "\n\n".join(parts)))
-    return (*messages, *results, *texts)
+    told = (*messages, *results, *texts)
+    if not told:
+        raise ApiError(400, "messages: at least one message must have content", param="messages")
+    return told
 
 
 def _assistant(turn: _Turn) -> Message:

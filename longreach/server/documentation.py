@@ -17,7 +17,9 @@ def _object(properties: dict[str, Any], required: tuple[str, ...] = ()) -> dict[
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
-def _operation(summary: str, body: dict[str, Any] | None = None, *statuses: int, kind: str = "application/json") -> dict[str, Any]:
+def _operation(
+    summary: str, body: dict[str, Any] | None = None, *statuses: int, kind: str = "application/json"
+) -> dict[str, Any]:
     answers: dict[str, Any] = {"200": {"description": "Done", "content": {kind: {}}}}
     if "event" in summary:
         answers["200"]["content"]["text/event-stream"] = {}
@@ -59,7 +61,9 @@ _MORE_SAMPLING = _SAMPLING | {
 _TOOL = _object(
     {
         "type": {"const": "function"},
-        "function": _object({"name": _TEXT, "description": _TEXT, "parameters": {"type": "object"}, "strict": _FLAG}, ("name",)),
+        "function": _object(
+            {"name": _TEXT, "description": _TEXT, "parameters": {"type": "object"}, "strict": _FLAG}, ("name",)
+        ),
     },
     ("type", "function"),
 )
@@ -131,7 +135,8 @@ _CLAUDE_BODY = {
 MESSAGES = _operation(
     "Anthropic's Messages; with `stream` as server-sent events",
     _object(
-        _CLAUDE_BODY | _SAMPLING | {"stop_sequences": {"type": "array", "items": _TEXT}}, ("model", "messages", "max_tokens")
+        _CLAUDE_BODY | _SAMPLING | {"stop_sequences": {"type": "array", "items": _TEXT}},
+        ("model", "messages", "max_tokens"),
     ),
     *_REFUSALS,
 )
@@ -143,10 +148,18 @@ MODEL = _operation("One of them", None, 401, 404)
 BALANCE = _operation("What the key has left", None, 401)
 PRICES = _operation("What a million tokens cost at this moment", None, 401)
 TOKENIZE = _operation(
-    "Token ids of a text", _object({"model": _TEXT, "content": _TEXT, "with_pieces": _FLAG}, ("content",)), 400, 401, 413
+    "Token ids of a text",
+    _object({"model": _TEXT, "content": _TEXT, "with_pieces": _FLAG, "count_only": _FLAG}, ("content",)),
+    400,
+    401,
+    413,
 )
 DETOKENIZE = _operation(
-    "The text of token ids", _object({"model": _TEXT, "tokens": {"type": "array", "items": _WHOLE}}, ("tokens",)), 400, 401, 413
+    "The text of token ids",
+    _object({"model": _TEXT, "tokens": {"type": "array", "items": _WHOLE}}, ("tokens",)),
+    400,
+    401,
+    413,
 )
 APPLY_TEMPLATE = _operation(
     "The prompt that a chat request becomes",

@@ -279,12 +279,17 @@ class LocalModel:
     async def _params(self, call: Call, layout: Prompt, max_tokens: int) -> SamplingParams:
         try:
             grammar = await asyncio.to_thread(self._grammar, call, layout) if _is_constrained(call) else None
+            after = self.tokenizer.special_id(THINK_END) if layout.begins_thinking else None
+            bias = dict(call.logit_bias)
+            if grammar is not None and after is not None:
+                # A mark of another turn would end the reasoning, and with it the answer before it has its form.
+                bias |= dict.fromkeys(self.limits - {after}, -100.0)
             params = SamplingParams(
                 max_tokens=max_tokens, temperature=call.temperature, top_p=call.top_p, top_k=call.top_k, min_p=call.min_p,
                 frequency_penalty=call.frequency_penalty, presence_penalty=call.presence_penalty,
                 repetition_penalty=call.repetition_penalty, seed=call.seed, logprobs=call.logprobs,
-                stop=call.stop if isinstance(call.input, FillIn) else (), logit_bias=dict(call.logit_bias),
-                grammar=grammar, after=self.tokenizer.special_id(THINK_END) if layout.begins_thinking else None,
+                stop=call.stop if isinstance(call.input, FillIn) else (), logit_bias=bias,
+                grammar=grammar, after=after,
             )  # fmt: skip
             params.check(self.engine.vocab_size)
         except RequestError as error:

@@ -24,20 +24,20 @@ from longreach.server.request_rules import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
     ToolChoice,
+    check_declared,
     check_format_with_tools,
     check_max_tokens,
     check_n,
-    check_parameters,
     check_reasoning_came_back,
     check_seed,
     check_stop,
     check_tool_name,
     check_tool_results,
-    check_tools,
     choose_thinking,
     function_object,
     hosted_sampling,
     json_schema_format,
+    only_tools,
     read_logit_bias,
     read_max_tokens,
     read_sampling,
@@ -145,12 +145,13 @@ def read_chat(body: Mapping[str, Any], rules: Rules) -> Call:
     check_reasoning_came_back(messages, thinking, bool(tools), rules, "reasoning_content")
     answer_format = _check_answer_format(answer_format, messages, rules)
     declares_tools = bool(tools)
-    tools = _check_tools(tools, rules) if choice != "none" else ()
+    declared = [(tool, given.any("parameters")) for tool, given in tools]
+    tools = check_declared(declared, rules) if choice != "none" else ()
     if allowed is not None:
-        tools = _only(tools, allowed)
+        tools = only_tools(tools, allowed)
     choice, tool_name = settle_tool_choice(choice, tool_name, tools, thinking, rules)
     if tool_name is not None and rules.hosted:
-        tools = _only(tools, [tool_name])
+        tools = only_tools(tools, [tool_name])
     forced = choice in ("required", "named")
     if messages[-1].is_open:
         if answer_format is not None:
@@ -159,10 +160,10 @@ def read_chat(body: Mapping[str, Any], rules: Rules) -> Call:
             )  # fmt: skip
         if forced or (rules.hosted and (declares_tools or any(message.tool_calls for message in messages))):
             raise ApiError(400, "Function call should not be used with prefix", param="tool_choice")
-    check_format_with_tools(answer_format, forced, rules)
     check_stop(stop, stop_is_list)
     if has_stream_options and not stream:
         raise ApiError(400, "stream_options should be set along with stream = true", param="stream_options")
+    check_format_with_tools(answer_format, tools, rules)
     n = check_n(n, rules)
     sampling = read_sampling(fields, numbers)
     if rules.hosted:
@@ -342,15 +343,6 @@ def _quoted(value: Any) -> str:
     return f"`{value[:100]}`" if isinstance(value, str) else shown(value)
 
 
-def _check_tools(tools: list[tuple[Tool, Fields]], rules: Rules) -> tuple[Tool, ...]:
-    for tool, given in tools:
-        # As given: a schema that was left out becomes {}, but {} itself is a mistake to the hosted service.
-        check_parameters(tool.name, given.any("parameters"), rules)
-    result = tuple(tool for tool, _ in tools)
-    check_tools(result)
-    return result
-
-
 def _read_tool_choice(fields: Fields) -> tuple[ToolChoice, str | None, list[str] | None]:
     """The choice, the function it names, and the functions it allows (None: all)."""
     choice = fields.any("tool_choice")
@@ -380,16 +372,6 @@ def _read_tool_choice(fields: Fields) -> tuple[ToolChoice, str | None, list[str]
         ]
         return "required" if mode == "required" else "auto", None, names
     wrong_type(rules, "tool_choice.type", "function" if rules.hosted else "function or allowed_tools", choice["type"])
-
-
-def _only(tools: tuple[Tool, ...], names: list[str]) -> tuple[Tool, ...]:
-    known = {tool.name for tool in tools}
-    for name in names:
-        if name not in known:
-            raise ApiError(
-                400, f"tool_choice.allowed_tools names {shown(name)}, which is not among the tools", param="tool_choice"
-            )  # fmt: skip
-    return tuple(tool for tool in tools if tool.name in names)
 
 
 def _read_response_format(fields: Fields, rules: Rules) -> Fields | None:

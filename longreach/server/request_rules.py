@@ -232,30 +232,42 @@ def check_tool_name(name: str, where: str) -> None:
         )  # fmt: skip
 
 
-def check_parameters(name: str, parameters: Any, rules: Rules) -> None:
-    """
+def check_declared(tools: Sequence[tuple[Tool, Any]], rules: Rules, needs_schema: bool = False) -> tuple[Tool, ...]:
+    """The tools, once their names and schemas have been checked.
+
+    Args:
+        tools: each with its schema as it was given: one that was left out is shown to the model as {}, but {} itself is a
+            mistake to the hosted service.
+        needs_schema: whether the hosted rules refuse a tool without one.
+
     Raises:
-        ApiError: not a JSON Schema of an object. An empty schema passes unless the rules are the hosted ones.
+        ApiError: too many tools, a name twice, or a schema that is none of an object.
     """
-    if parameters is None or (not rules.hosted and isinstance(parameters, dict) and not parameters):
-        return
-    if not isinstance(parameters, dict | bool):
-        raise ApiError(400, f"Invalid schema for function '{name}': {shown(parameters)} is not of types"
-                       ' "boolean", "object"')  # fmt: skip
-    kind = parameters.get("type") if isinstance(parameters, dict) else None
-    if kind != "object" and (rules.hosted or kind is not None or not isinstance(parameters, dict)):
-        given = shown(kind)
-        raise ApiError(
-            400, f"Invalid schema for function '{name}': schema must be a JSON Schema of 'type: \"object\"', got"
-            f" 'type: {given}'.",
-        )  # fmt: skip
-
-
-def check_tools(tools: Sequence[Tool]) -> None:
     if len(tools) > MAX_TOOLS:
         raise ApiError(400, f"{len(tools)} tools are given, at most {MAX_TOOLS} are allowed", param="tools")
-    if len({tool.name for tool in tools}) != len(tools):
-        raise ApiError(400, "Tool names must be unique.", param="tools")
+    seen: set[str] = set()
+    for tool, schema in tools:
+        if tool.name in seen:
+            raise ApiError(400, "Tool names must be unique.", param="tools")
+        seen.add(tool.name)
+        _check_schema(tool.name, schema, rules, needs_schema)
+    return tuple(tool for tool, _ in tools)
+
+
+def _check_schema(name: str, schema: Any, rules: Rules, is_needed: bool) -> None:
+    if schema is None and not (is_needed and rules.hosted):
+        return
+    if not rules.hosted and isinstance(schema, dict) and not schema:
+        return
+    if not isinstance(schema, dict | bool):
+        given = shown(schema)
+        raise ApiError(400, f'Invalid schema for function \'{name}\': {given} is not of types "boolean", "object"')
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if kind != "object" and (rules.hosted or kind is not None or not isinstance(schema, dict)):
+        raise ApiError(
+            400, f"Invalid schema for function '{name}': schema must be a JSON Schema of 'type: \"object\"', got"
+            f" 'type: {shown(kind)}'.",
+        )  # fmt: skip
 
 
 ToolChoice = Literal["none", "auto", "required", "named"]
@@ -281,12 +293,24 @@ def settle_tool_choice(
     return choice, name if choice == "named" else None
 
 
-def check_format_with_tools(answer_format: AnswerFormat | None, forced: bool, rules: Rules) -> None:
+def only_tools(tools: Sequence[Tool], names: Sequence[str]) -> tuple[Tool, ...]:
     """
     Raises:
-        ApiError: the hosted rules know no schema beside a forced call.
+        ApiError: a name that is not among the tools.
     """
-    if rules.hosted and forced and answer_format is not None and answer_format.kind != "json_object":
+    known = {tool.name for tool in tools}
+    for name in names:
+        if name not in known:
+            raise ApiError(400, f"tool_choice allows {shown(name)}, which is not among the tools", param="tool_choice")
+    return tuple(tool for tool in tools if tool.name in names)
+
+
+def check_format_with_tools(answer_format: AnswerFormat | None, tools: Sequence[Tool], rules: Rules) -> None:
+    """
+    Raises:
+        ApiError: the hosted rules know no answer format beside strict tools.
+    """
+    if rules.hosted and answer_format is not None and any(tool.strict for tool in tools):
         raise ApiError(400, "response_format should not be used with tools", param="response_format")
 
 

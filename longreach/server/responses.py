@@ -46,16 +46,16 @@ from longreach.server.request_rules import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
     ToolChoice,
+    check_declared,
     check_format_with_tools,
     check_max_tokens,
-    check_parameters,
     check_reasoning_came_back,
     check_tool_name,
-    check_tools,
     choose_thinking,
     function_object,
     hosted_sampling,
     json_schema_format,
+    only_tools,
     read_max_tokens,
     read_sampling,
     read_user_id,
@@ -126,24 +126,23 @@ class Responses:
         included = fields.strings("include") if isinstance(fields.value.get("include"), list) else ()
         metadata = fields.any("metadata")
 
+        # Rules are checked in the order of DeepSeek's service, so that of two mistakes the same one is named.
         for tool, place, _ in tools.declared:
+            if place in tools.unsupported:
+                raise ApiError(400, f"Unsupported custom tool: '{tool.name[:100]}'. Only 'apply_patch' is supported.")
             check_tool_name(tool.name, place)
-        messages = _join_items(instructions, items)
-        declares_tools = bool(tools.declared)
-        check_reasoning_came_back(messages, thinking, declares_tools, rules, "reasoning_content")
-        answer_format = _check_format(form, messages, rules)
-        declared = tools.declared if choice != "none" else []
-        for tool, _, schema in declared:
-            check_parameters(tool.name, schema, rules)
-        functions = tuple(tool for tool, _, _ in declared)
-        check_tools(functions)
+        messages = _join_items(instructions, items, rules)
+        check_reasoning_came_back(messages, thinking, bool(tools.declared), rules, "reasoning_text")
+        declared = [(tool, schema) for tool, _, schema in tools.declared] if choice != "none" else []
+        functions = check_declared(declared, rules)
         if allowed is not None:
-            functions = tuple(tool for tool in functions if tool.name in allowed)
+            functions = only_tools(functions, allowed)
         choice, tool_name = settle_tool_choice(choice, tool_name, functions, thinking, rules)
         if tool_name is not None and rules.hosted:
-            functions = tuple(tool for tool in functions if tool.name == tool_name)
+            functions = only_tools(functions, [tool_name])
         forced = choice in ("required", "named")
-        check_format_with_tools(answer_format, forced, rules)
+        answer_format = _check_format(form, messages, rules)
+        check_format_with_tools(answer_format, functions, rules)
         sampling = read_sampling(fields, numbers)
         if rules.hosted:
             sampling = hosted_sampling(model, thinking, bool(functions), sampling, numbers["top_p"])
@@ -223,7 +222,7 @@ class _Item:
     """An item of the input, whatever its type.
 
     Attributes:
-        kind: a role, or `reasoning`, `call`, `result`.
+        kind: a role, or `reasoning`, `call`, `result`, `nothing`.
     """
 
     kind: str
@@ -233,26 +232,22 @@ class _Item:
 
 
 def _read_input(fields: Fields) -> list[_Item] | None:
-    """The items; None where there are none and `instructions` stand alone.
-
-    Raises:
-        ApiError: wrong types, an empty list, or neither input nor instructions.
-    """
+    """The items as far as their types go; None where there are none."""
     given = fields.any("input")
     if given is None:
-        if fields.value.get("instructions") is None:
-            raise ApiError(400, "Either input or instructions must be provided", param="input")
         return None
     if isinstance(given, str):
         return [_Item("user", given)]
     if not isinstance(given, list):
         wrong_type(fields.rules, "input", "a string or a list of items", given)
-    if not given:
-        raise ApiError(400, "Input items array must not be empty", param="input")
     if len(given) > MAX_MESSAGES:
         raise ApiError(400, f"{len(given)} items are given, at most {MAX_MESSAGES} are allowed", param="input")
     items = [_read_item(item) for item in fields.objects("input") or ()]
-    return [item for item in items if item is not None]
+    return [item if item is not None else _NOTHING for item in items]
+
+
+_NOTHING = _Item("nothing")
+"""An item of a type that says nothing to the model."""
 
 
 def _read_item(item: Fields) -> _Item | None:
@@ -332,12 +327,18 @@ def _read_reasoning(item: Fields) -> str:
     return "\n".join(texts)
 
 
-def _join_items(instructions: str | None, items: list[_Item] | None) -> tuple[Message, ...]:
+def _join_items(instructions: str | None, items: list[_Item] | None, rules: Rules) -> tuple[Message, ...]:
     """Messages: what an assistant thought, said and called between two turns of others is one message.
 
     Raises:
-        ApiError: a call without its output behind it, or an output without a call.
+        ApiError: nothing at all, a call without its output behind it, or an output without a call.
     """
+    if items is None and not instructions:
+        raise ApiError(400, "Either input or instructions must be provided", param="input")
+    if items is not None and not items:
+        raise ApiError(400, "Input items array must not be empty", param="input")
+    if rules.hosted:
+        _check_ids(items or [])
     messages: list[Message] = [Message("system", instructions)] if instructions is not None else []
     reasoning: list[str] = []
     contents: list[str] = []
@@ -351,11 +352,13 @@ def _join_items(instructions: str | None, items: list[_Item] | None) -> tuple[Me
         if reasoning or contents or calls:
             thought = "\n".join(reasoning) if reasoning else None
             messages.append(Message("assistant", "\n\n".join(contents), thought, tuple(calls.values())))
-        messages.extend(results.values())
+        messages.extend(results[call_id] for call_id in calls)
         for part in (reasoning, contents, calls, results):
             part.clear()
 
     for item in items or ():
+        if item is _NOTHING:
+            continue
         if item.kind == "result":
             if item.id in results:
                 raise ApiError(400, f"Duplicate tool output for call_id: {item.id[:100]}.", param="input")
@@ -388,6 +391,16 @@ def _join_items(instructions: str | None, items: list[_Item] | None) -> tuple[Me
     return tuple(messages)
 
 
+def _check_ids(items: list[_Item]) -> None:
+    """The hosted rules want every call of a conversation to have an id of its own; otherwise every call of a turn."""
+    seen: set[str] = set()
+    for item in items:
+        if item.call is not None:
+            if item.call.id in seen:
+                raise ApiError(400, f"Duplicate 'call_id': {item.call.id[:100]}.", param="input")
+            seen.add(item.call.id)
+
+
 # ---- reading: tools and format --------------------------------------------------------------------------------------
 
 
@@ -397,12 +410,14 @@ class _Tools:
 
     Attributes:
         declared: functions, each with the place of its name and its parameters as given.
+        unsupported: places of custom tools that the hosted rules refuse.
         custom: names of custom tools. namespaces: full name to (namespace, local name).
         echo: the declarations as the reply repeats them.
         dropped: where a tool stood that only a vendor's servers can run.
     """
 
     declared: list[tuple[Tool, str, Any]] = field(default_factory=list)
+    unsupported: set[str] = field(default_factory=set)
     custom: set[str] = field(default_factory=set)
     namespaces: dict[str, tuple[str, str]] = field(default_factory=dict)
     echo: list[Any] = field(default_factory=list)
@@ -420,7 +435,7 @@ def _read_tools(fields: Fields) -> _Tools:
             case "custom":
                 name = tool.required_text("name")
                 if tool.rules.hosted and name != "apply_patch":
-                    raise ApiError(400, f"Unsupported custom tool: '{name[:100]}'. Only 'apply_patch' is supported.")
+                    tools.unsupported.add(tool.at("name"))
                 tools.custom.add(name)
                 tools.declared.append((_custom_tool(tool, name), tool.at("name"), None))
                 tools.echo.append(dict(tool.value))
@@ -673,7 +688,8 @@ class _Items:
 def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        # The SDK's types want the second number; here nothing is charged for writing.
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.total_tokens,

@@ -9,6 +9,7 @@ always, and what comes back is read into the same events as those of a local mod
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -87,15 +88,20 @@ class UpstreamModel:
         return 0  # its cache cannot be asked
 
     async def open(self, prepared: Prepared, tenant: str) -> UpstreamReply:
-        """Send the call.
-
-        Raises:
-            ApiError: the engine cannot be reached (503) or refuses (its own 400, 422 or 429; anything else is our 502).
-        """
+        """The reply to the call, which is sent as soon as somebody waits for it."""
         call = prepared.call
         path = "completions" if isinstance(call.input, FillIn) else "chat/completions"
         request = self.client.build_request("POST", path, content=orjson.dumps(self.body(call, tenant)))
         request.headers["Content-Type"] = "application/json"
+        self.running += 1
+        return UpstreamReply(self, prepared, request)
+
+    async def send(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and wait for the head of its answer: an engine under load may keep it back for long.
+
+        Raises:
+            ApiError: the engine cannot be reached (503) or refuses (its own 400, 422 or 429; anything else is our 502).
+        """
         try:
             response = await self.client.send(request, stream=True)
         except httpx.HTTPError:
@@ -105,8 +111,7 @@ class UpstreamModel:
             ) from None  # fmt: skip
         if response.status_code != 200:
             raise await _refusal(response, self.name)
-        self.running += 1
-        return UpstreamReply(self, call, response)
+        return response
 
     def body(self, call: Call, tenant: str) -> dict[str, Any]:
         """The call as a Chat Completions (or Completions) request."""
@@ -128,8 +133,6 @@ class UpstreamModel:
             body["prompt"] = call.input.prompt
             if call.input.suffix is not None:
                 body["suffix"] = call.input.suffix
-            if call.input.echo:
-                body["echo"] = True
             if call.logprobs is not None:
                 body["logprobs"] = call.logprobs
             return body
@@ -233,11 +236,16 @@ def _error_message(content: bytes) -> str | None:
 
 @dataclass(eq=False)
 class UpstreamReply:
-    """The answer of an `UpstreamModel`, read off its stream."""
+    """The answer of an `UpstreamModel`, read off its stream.
+
+    Until the engine says how many tokens the prompt has, which most do at the end alone, our estimate stands for it: an
+    answer that its client leaves is billed by it.
+    """
 
     model: UpstreamModel
-    call: Call
-    response: httpx.Response
+    prepared: Prepared
+    request: httpx.Request
+    response: httpx.Response | None = None
     head: Head | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -247,7 +255,7 @@ class UpstreamReply:
     _reading: Any = None
     _usage: Mapping[str, Any] = field(default_factory=dict)
     _early: list[Event] = field(default_factory=list)
-    _finishes: dict[int, str] = field(default_factory=dict)
+    _finishes: dict[int, tuple[str, str | None]] = field(default_factory=dict)
     _calls: dict[int, dict[int, bool]] = field(default_factory=dict)
     _generated: int = 0
     _is_over: bool = False
@@ -276,7 +284,13 @@ class UpstreamReply:
         return self._is_over and not self._early
 
     @property
+    def call(self) -> Call:
+        return self.prepared.call
+
+    @property
     def usage(self) -> Usage:
+        if not self._usage:
+            return Usage(self.prepared.prompt_tokens, 0, self._generated)
         return read_usage(self._usage, self._generated)
 
     async def cut(self) -> None:
@@ -285,9 +299,15 @@ class UpstreamReply:
             self._reading.cancel()
 
     async def cancel(self) -> None:
-        if not self._is_over:
-            self._end()
-        await self.response.aclose()
+        self._end()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        if self.response is not None:
+            await self.response.aclose()
 
     def _end(self) -> None:
         if not self._is_over:
@@ -300,16 +320,12 @@ class UpstreamReply:
 
     async def _read(self, timeout_s: float | None) -> list[Event]:
         """The events of the next chunks that have any; nothing after `timeout_s`."""
-        import asyncio
-
         if self._is_over:
             return []
         if self._is_cut:
             return await self._last_events()
-        if self._lines is None:
-            self._lines = self.response.aiter_lines()
         if self._reading is None:
-            self._reading = asyncio.ensure_future(self._read_chunk(self._lines))
+            self._reading = asyncio.ensure_future(self._read_chunk())
         done, _ = await asyncio.wait({self._reading}, timeout=timeout_s)
         if not done:
             return []
@@ -323,7 +339,15 @@ class UpstreamReply:
             raise stopping()
         return [Finish("insufficient_system_resource", choice=choice) for choice in range(self.call.n)]
 
-    async def _read_chunk(self, lines: AsyncIterator[str]) -> list[Event]:
+    async def _read_chunk(self) -> list[Event]:
+        lines = self._lines
+        if lines is None:
+            try:
+                self.response = await self.model.send(self.request)
+            except ApiError:
+                self._end()
+                raise
+            lines = self._lines = self.response.aiter_lines()
         try:
             async for line in lines:
                 if not line.startswith("data:"):
@@ -333,15 +357,15 @@ class UpstreamReply:
                     break
                 if events := self._events(orjson.loads(data)):
                     return events
-        except (httpx.HTTPError, httpx.StreamError, orjson.JSONDecodeError, AttributeError, TypeError, KeyError):
+        except (httpx.HTTPError, httpx.StreamError, ValueError, AttributeError, TypeError, KeyError):
             self._end()
-            await self.response.aclose()
+            await self._hang_up()
             raise self._broken() from None
         return await self._complete()
 
     async def _complete(self) -> list[Event]:
         """The stream is over: now the counts are known, each choice gets its `Finish`."""
-        await self.response.aclose()
+        await self._hang_up()
         if len(self._finishes) < self.call.n:
             self._end()
             raise self._broken()
@@ -350,8 +374,8 @@ class UpstreamReply:
         share = usage.completion_tokens // max(1, len(self._finishes))
         thought = usage.reasoning_tokens // max(1, len(self._finishes))
         return [
-            Finish(reason if reason in _FINISH else "stop", None, share, thought, choice)  # type: ignore[arg-type]
-            for choice, reason in sorted(self._finishes.items())
+            Finish(reason if reason in _FINISH else "stop", stop, share, thought, choice)  # type: ignore[arg-type]
+            for choice, (reason, stop) in sorted(self._finishes.items())
         ]
 
     def _broken(self) -> ApiError:
@@ -373,14 +397,18 @@ class UpstreamReply:
             if thought or text or delta.get("tool_calls"):
                 self._generated += 1
             probabilities = choice.get("logprobs") or {}
-            if thought:
-                events.append(Reasoning(thought, _logprobs(probabilities.get("reasoning_content")), index))
-            if text:
-                events.append(Content(text, _logprobs(probabilities.get("content")), index))
+            # A token that is no whole character yet has a log-probability and no text.
+            reasoned, said = _logprobs(probabilities.get("reasoning_content")), _logprobs(probabilities.get("content"))
+            said = said or _legacy_logprobs(probabilities)
+            if thought or reasoned:
+                events.append(Reasoning(thought or "", reasoned, index))
+            if text or said:
+                events.append(Content(text or "", said, index))
             for call in delta.get("tool_calls") or ():
                 events += self._call_events(index, call)
             if choice.get("finish_reason"):
-                self._finishes[index] = choice["finish_reason"]
+                stop = choice.get("stop_reason")  # as vLLM names it
+                self._finishes[index] = (choice["finish_reason"], stop if isinstance(stop, str) else None)
                 calls = self._calls.get(index, {})
                 events += [ToolEnd(number, index) for number, is_open in calls.items() if is_open]
                 calls.clear()
@@ -428,3 +456,17 @@ def _logprobs(entries: Any) -> tuple[TokenLogprob, ...]:
         return TokenLogprob(content, float(entry["logprob"]), tuple(one(top) for top in entry.get("top_logprobs") or ()))
 
     return tuple(one(entry) for entry in entries)
+
+
+def _legacy_logprobs(lists: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+    """The parallel lists of `/completions`, which have texts and no bytes."""
+    tokens, values = lists.get("tokens"), lists.get("token_logprobs")
+    if not isinstance(tokens, list) or not isinstance(values, list):
+        return ()
+    tops = lists.get("top_logprobs") or [None] * len(tokens)
+    return tuple(
+        TokenLogprob(
+            token.encode(), float(value or 0.0), tuple(TokenLogprob(t.encode(), float(p)) for t, p in (top or {}).items())
+        )
+        for token, value, top in zip(tokens, values, tops, strict=False)
+    )

@@ -70,13 +70,15 @@ async function send(path, { body, signal } = {}) {
 
 const get = async (path) => (await send(path)).json();
 
-export const models = async () => (await get("v1/models")).data;
+/** The models by their own names; entries for their other names are left out. */
+export const models = async () =>
+  (await get("v1/models")).data.filter(({ id, longreach }) => (longreach?.name ?? id) === id);
 export const status = () => get("status");
 export const prices = () => get("v1/prices");
 
 /** Number of tokens of `text`. */
 export async function countTokens(model, text, signal) {
-  const answer = await (await send("tokenize", { body: { model, content: text }, signal })).json();
+  const answer = await (await send("tokenize", { body: { model, content: text, count_only: true }, signal })).json();
   return answer.count;
 }
 

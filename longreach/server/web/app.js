@@ -89,7 +89,8 @@ $("change-key").addEventListener("click", () => {
 let models = [];
 
 const model = () => models.find(({ id }) => id === settings.model);
-const cannotThink = () => model()?.longreach?.thinking === false;
+const untrained = () => model()?.longreach?.chat_trained === false;
+const cannotThink = () => untrained() || model()?.longreach?.thinking === false;
 
 async function findModels() {
   try {
@@ -112,16 +113,15 @@ async function findModels() {
 }
 
 function showModel() {
-  const facts = model()?.longreach ?? {};
   const note = $("model-note");
-  note.textContent = facts.chat_trained === false ? "This model has no chat training; answers continue text."
+  note.textContent = untrained() ? "This model has no chat training; answers continue text."
     : cannotThink() ? "This model does not think before it answers." : "";
   note.hidden = !note.textContent;
   for (const radio of $("mode").querySelectorAll("input")) {
     radio.disabled = cannotThink() && radio.value !== "off";
     radio.checked = radio.value === (cannotThink() ? "off" : settings.mode);
   }
-  $("prompt").placeholder = facts.chat_trained === false ? "Text to be continued" : "Message";
+  $("prompt").placeholder = untrained() ? "Text to be continued" : "Message";
   showEmpty();
   gauges.poll();
 }
@@ -160,7 +160,7 @@ function showEmpty() {
     text.textContent = "This server offers no model to this page. Start one with: longreach serve RUN";
     return;
   }
-  title.textContent = facts.chat_trained === false ? "Begin a text" : "Ask, or drop a file here";
+  title.textContent = untrained() ? "Begin a text" : "Ask, or drop a file here";
   const told = [];
   if (facts.parameters) told.push(`${short(facts.parameters)} parameters`);
   if (facts.context) told.push(`${short(facts.context)} tokens of context`);

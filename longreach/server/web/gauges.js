@@ -36,7 +36,7 @@ export async function poll() {
     $("gauge-note").textContent = error.status === 401 ? "Gauges need an API key." : "No figures from the server just now.";
     curve(null);
   }
-  clearTimeout(timer); // two calls may have waited for their answers at the same time
+  clearTimeout(timer); // of another call that waited meanwhile
   timer = setTimeout(poll, wait);
 }
 
@@ -73,7 +73,9 @@ function show({ models = [], process = {}, version, uptime_s: uptime }) {
   $("kv-old").textContent = said(old, bytes);
   fill($("kv-here-bar"), largest ? here / largest : 0);
   fill($("kv-old-bar"), largest ? old / largest : 0);
-  const note = !largest ? ["Nothing is held at the moment."] : here ? [`${(old / here).toFixed(1)} times less than V3.2.`] : [];
+  const note = !largest ? ["Nothing is held at the moment."] : here && old ? [
+    old >= here ? `${(old / here).toFixed(1)} times less than V3.2.` : `${(here / old).toFixed(1)} times as much as V3.2.`,
+  ] : [];
   if (capacity) note.push(`Room for ${bytes(capacity)}.`);
   $("kv-note").textContent = note.join(" ");
 
