@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,6 +41,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = f"# file {number}\n" + SENTENCES[number % 4] * 6 + SENTENCES[(number // 4) % 4] * 3
         (folder / f"file{number:02d}.py").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real Chromium, the machine's own."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("there is no chromium on the PATH (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        # Containers often run as root, where Chromium's own sandbox does not start.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

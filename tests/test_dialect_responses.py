@@ -45,7 +45,8 @@ from longreach.server.call import (
     ToolEnd,
     collect,
 )
-from longreach.server.responses import HARMLESS, RESPONSES, UNSUPPORTED
+from longreach.server.responses import RESPONSES
+from longreach.server.responses_request import HARMLESS, UNSUPPORTED
 
 PATCH = {
     "type": "custom", "name": "apply_patch", "description": "Edits files.",

@@ -7,113 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import expect
+from visitor import Visitor
 from web_stub import MARKDOWN, WEB, StubServer, model
 
-CHROMIUM = shutil.which("chromium")
-
 OWN_BYTES = 60_200
-
-expect.set_options(timeout=10_000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on the PATH (Debian: apt install chromium)")
-    with sync_playwright() as playwright:
-        # Containers often run as root, where Chromium's own sandbox does not start.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
 def stub() -> Iterator[StubServer]:
     with StubServer() as stub:
         yield stub
-
-
-class Visitor:
-    """A browser window on the page, and everything the page must not do while a test looks at it."""
-
-    def __init__(self, browser: Browser, stub: StubServer, width: int = 1280, height: int = 800, scheme: str = "light"):
-        self.context = browser.new_context(
-            viewport={"width": width, "height": height},
-            color_scheme=scheme,
-            permissions=["clipboard-read", "clipboard-write"],
-        )
-        self.page: Page = self.context.new_page()
-        self.stub = stub
-        self.complaints: list[str] = []
-        self.strangers: list[str] = []
-        self.page.on("console", self._heard)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on(
-            "request", lambda request: None if request.url.startswith(stub.url) else self.strangers.append(request.url)
-        )
-        self.page.goto(stub.url)
-
-    def _heard(self, message) -> None:
-        # A refusal is part of what is tested, and the browser notes each of them by itself.
-        if message.type in ("error", "warning") and not message.text.startswith(
-            "Failed to load resource: the server responded"
-        ):
-            self.complaints.append(message.text)
-
-    def leave(self) -> None:
-        self.context.close()
-        assert self.complaints == []
-        assert self.strangers == []
-
-    # ---- what a person does ------------------------------------------------------------------------------------------
-
-    def say(self, text: str) -> None:
-        self.page.get_by_label("Message", exact=True).fill(text)
-        self.page.keyboard.press("Enter")
-
-    def ask(self, text: str) -> Locator:
-        """Sends a message and waits until its answer is complete."""
-        self.say(text)
-        expect(self.answer.locator(".tools button").first).to_be_visible()
-        expect(self.button("Stop the answer")).to_be_hidden()
-        return self.answer
-
-    def think(self, mode: str) -> None:
-        self.page.get_by_role("radio", name=mode).check()
-
-    def drop(self, name: str, content: str, type: str = "text/plain") -> None:
-        dropped = self.page.evaluate_handle(
-            """([name, content, type]) => {
-                const carried = new DataTransfer();
-                carried.items.add(new File([content], name, { type }));
-                return carried;
-            }""",
-            [name, content, type],
-        )
-        for event in ("dragenter", "dragover", "drop"):
-            self.page.dispatch_event("#log", event, {"dataTransfer": dropped})
-
-    # ---- what a person sees ------------------------------------------------------------------------------------------
-
-    def button(self, name: str) -> Locator:
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    @property
-    def answer(self) -> Locator:
-        return self.page.locator(".answer").last
-
-    @property
-    def question(self) -> Locator:
-        return self.page.locator(".turn.user").last
-
-    @property
-    def gauges(self) -> Locator:
-        return self.page.get_by_role("complementary", name="Gauges")
 
 
 @pytest.fixture

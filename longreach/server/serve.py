@@ -164,6 +164,7 @@ def _run(service: Service, listening: socket.socket, options: ServeOptions) -> N
         timeout_graceful_shutdown=5, timeout_keep_alive=75, ws="none",
     )  # fmt: skip
     server = _Server(config, service, listening, options)
+    assert is_loopback or service.needs_keys  # asked before it listens, so that it holds whatever becomes of the keys
     # uvicorn raises the signal that stopped it once more when it is done; the ledger must still be closed then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -123,6 +123,7 @@ class Service:
         self.metrics = Metrics(self.model_status)
         self.started = time.monotonic()
         self.is_draining = False
+        self._needs_keys = False
         self.exchanges: set[Exchange] = set()
         self._coming: Counter[str] = Counter()
         self._closing: set[asyncio.Future[Any]] = set()
@@ -131,7 +132,9 @@ class Service:
 
     @property
     def needs_keys(self) -> bool:
-        return self.keys is not None and len(self.keys) > 0
+        """Whether nobody may ask without a key. For good once there was one: the last key's end must not let everybody in."""
+        self._needs_keys = self._needs_keys or (self.keys is not None and len(self.keys) > 0)
+        return self._needs_keys
 
     def authenticate(self, headers: Mapping[str, str]) -> Key:
         """The key of a request: `Authorization: Bearer`, or `x-api-key`.
