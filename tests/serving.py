@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 import uvicorn
 
@@ -112,6 +113,27 @@ class ScriptedModel(LocalModel):
                 self._ids[id(prepared.params)] = (prepared.params, ids)  # held, so that the address stays its own
                 break
         return prepared
+
+
+def break_answers(model: ScriptedModel, monkeypatch: pytest.MonkeyPatch, after: int, message: str) -> None:
+    """Make every answer of a model raise an error with this message at its token number `after`."""
+    make = model._reader
+
+    def breaking(*arguments: Any) -> Any:
+        reader = make(*arguments)
+        read, count = reader._read, 0
+
+        def fail(token: int) -> None:
+            nonlocal count
+            count += 1
+            if count == after:
+                raise RuntimeError(message)
+            read(token)
+
+        reader._read = fail
+        return reader
+
+    monkeypatch.setattr(model, "_reader", breaking)
 
 
 class LiveServer:

@@ -14,7 +14,16 @@ import httpx
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from pydantic import BaseModel
-from serving import LiveServer, ScriptedModel, calls_text, live_server, make_engine, make_tokenizer, wait_until
+from serving import (
+    LiveServer,
+    ScriptedModel,
+    break_answers,
+    calls_text,
+    live_server,
+    make_engine,
+    make_tokenizer,
+    wait_until,
+)
 
 from longreach.server import replies
 from longreach.server.app import AppOptions
@@ -464,23 +473,7 @@ def test_keys_money_and_limits_raise_the_class_each_has_in_the_sdk(tmp_path: Pat
 def test_an_answer_that_fails_midway_raises_and_tells_nothing(
     server: LiveServer, client: Anthropic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = server.model._reader
-
-    def breaking(*arguments: Any) -> Any:
-        reader = make(*arguments)
-        read, count = reader._read, 0
-
-        def fail(token: int) -> None:
-            nonlocal count
-            count += 1
-            if count == 5:
-                raise RuntimeError("/home/somebody: my secret")
-            read(token)
-
-        reader._read = fail
-        return reader
-
-    monkeypatch.setattr(server.model, "_reader", breaking)
+    break_answers(server.model, monkeypatch, 5, "/home/somebody: my secret")
     monkeypatch.setattr(server.model, "delay_s", 0.01)
 
     def read() -> None:

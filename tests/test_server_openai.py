@@ -19,6 +19,7 @@ from serving import (
     CONTEXT,
     LiveServer,
     ScriptedModel,
+    break_answers,
     calls_text,
     live_server,
     make_engine,
@@ -794,23 +795,7 @@ def test_a_bug_is_a_500_that_tells_nothing(server: LiveServer, client: OpenAI, m
 def test_an_answer_that_fails_midway_is_an_error_to_the_sdk_and_tells_nothing(
     server: LiveServer, client: OpenAI, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = server.model._reader
-
-    def breaking(*arguments: Any) -> Any:
-        reader = make(*arguments)
-        read, count = reader._read, 0
-
-        def fail(token: int) -> None:
-            nonlocal count
-            count += 1
-            if count == 5:
-                raise RuntimeError("/home/somebody: my secret")
-            read(token)
-
-        reader._read = fail
-        return reader
-
-    monkeypatch.setattr(server.model, "_reader", breaking)
+    break_answers(server.model, monkeypatch, 5, "/home/somebody: my secret")
 
     def ask() -> None:
         reply = client.chat.completions.create(
@@ -1060,6 +1045,22 @@ def test_an_upstream_tool_loop_and_its_logprobs_and_choices_pass_through(chain: 
         model="big", messages=say("Make a plan"), response_format=Plan, max_tokens=150, extra_body=OFF
     )
     assert isinstance(plan.choices[0].message.parsed, Plan)
+
+
+def test_what_two_keys_ask_of_an_upstream_is_kept_apart_there(tmp_path: Path) -> None:
+    with live_server(tmp_path / "back", scripted("remote-name")) as back:
+        upstream = UpstreamModel("big", f"{back.url}/v1", remote="remote-name")
+        with live_server(tmp_path / "front", upstream, keys=({"name": "one"}, {"name": "two"})) as front:
+
+            def hits(place: int) -> int:
+                reply = client_of(front, api_key=front.secrets[place]).chat.completions.create(
+                    model="big", messages=say("The secret plan. " * 30), max_tokens=1, extra_body=OFF
+                )
+                return reply.usage.prompt_cache_hit_tokens
+
+            assert hits(0) == 0
+            assert hits(0) > 100
+            assert hits(1) == 0
 
 
 def test_an_upstream_refusal_about_the_request_is_passed_on(chain: tuple[LiveServer, LiveServer]) -> None:

@@ -13,7 +13,16 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from serving import LiveServer, ScriptedModel, calls_text, live_server, make_engine, make_tokenizer, wait_until
+from serving import (
+    LiveServer,
+    ScriptedModel,
+    break_answers,
+    calls_text,
+    live_server,
+    make_engine,
+    make_tokenizer,
+    wait_until,
+)
 
 from longreach.server import replies
 from longreach.server.call import Rules
@@ -342,23 +351,7 @@ def test_keys_and_money_raise_the_sdks_classes(tmp_path: Path) -> None:
 def test_an_answer_that_fails_midway_is_a_failed_response_and_raises(
     server: LiveServer, client: OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = server.model._reader
-
-    def breaking(*arguments: Any) -> Any:
-        reader = make(*arguments)
-        read, count = reader._read, 0
-
-        def fail(token: int) -> None:
-            nonlocal count
-            count += 1
-            if count == 5:
-                raise RuntimeError("/home/somebody: my secret")
-            read(token)
-
-        reader._read = fail
-        return reader
-
-    monkeypatch.setattr(server.model, "_reader", breaking)
+    break_answers(server.model, monkeypatch, 5, "/home/somebody: my secret")
     monkeypatch.setattr(server.model, "delay_s", 0.01)
     seen: list[str] = []
 

@@ -17,12 +17,21 @@ def _object(properties: dict[str, Any], required: tuple[str, ...] = ()) -> dict[
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
 def _operation(
-    summary: str, body: dict[str, Any] | None = None, *statuses: int, kind: str = "application/json"
+    summary: str,
+    body: dict[str, Any] | None,
+    answer: dict[str, Any],
+    *statuses: int,
+    kind: str = "application/json",
+    is_streamed: bool = False,
 ) -> dict[str, Any]:
-    answers: dict[str, Any] = {"200": {"description": "Done", "content": {kind: {}}}}
-    if "event" in summary:
-        answers["200"]["content"]["text/event-stream"] = {}
+    answers: dict[str, Any] = {"200": {"description": "Done", "content": {kind: {"schema": answer}}}}
+    if is_streamed:
+        answers["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
     for status in statuses:
         answers[str(status)] = {"description": _MEANINGS[status], "content": {"application/json": {"schema": _ERROR}}}
     about: dict[str, Any] = {"summary": summary, "responses": answers}
@@ -34,11 +43,28 @@ def _operation(
 _ERROR = _object({"error": _object({"message": _TEXT}, ("message",))}, ("error",))
 _MEANINGS = {
     400: "The request breaks a rule; the message says which", 401: "No key, or one that is unknown or revoked",
-    402: "The key's balance or budget does not cover it", 404: "No such thing", 413: "The body is too long",
+    402: "The key's balance or budget does not cover it", 404: "No such thing", 408: "The body did not arrive in time",
+    413: "The body is too long",
     422: "A value of the wrong type, under --hosted-rules", 429: "Too much at the moment; see Retry-After",
-    503: "Not now; see Retry-After",
+    500: "The model or the server failed", 502: "The engine behind this server failed", 503: "Not now; see Retry-After",
 }  # fmt: skip
-_REFUSALS = (400, 401, 402, 413, 422, 429, 503)
+_READING = (400, 401, 408, 413, 422)
+_REFUSALS = (*_READING, 402, 429, 500, 502, 503)
+
+_USAGE = _object(
+    {name: _WHOLE for name in ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_cache_hit_tokens")},
+    ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_cache_hit_tokens"),
+)
+_CHOICE = _object({"index": _WHOLE, "finish_reason": _TEXT}, ("index", "finish_reason"))
+
+
+def _completion(kind: str) -> dict[str, Any]:
+    """A body of the OpenAI-like endpoints."""
+    properties = {"id": _TEXT, "object": {"const": kind}, "model": _TEXT, "choices": _list(_CHOICE), "usage": _USAGE}
+    return _object(properties, tuple(properties))
+
+
+_MODEL = _object({"id": _TEXT, "object": {"const": "model"}, "longreach": {"type": "object"}}, ("id", "object"))
 
 _SAMPLING = {
     "temperature": {"type": "number", "minimum": 0, "maximum": 2},
@@ -98,7 +124,9 @@ CHAT = _operation(
         } | _MORE_SAMPLING,
         ("model", "messages"),
     ),
+    _completion("chat.completion"),
     *_REFUSALS,
+    is_streamed=True,
 )  # fmt: skip
 COMPLETIONS = _operation(
     "A text continued, or with `suffix` a gap filled; with `stream` as server-sent events",
@@ -107,7 +135,9 @@ COMPLETIONS = _operation(
         | _MORE_SAMPLING,
         ("model", "prompt"),
     ),
+    _completion("text_completion"),
     *_REFUSALS,
+    is_streamed=True,
 )  # fmt: skip
 RESPONSES = _operation(
     "OpenAI's Responses API, stateless; with `stream` as server-sent events",
@@ -122,7 +152,10 @@ RESPONSES = _operation(
         } | {name: rule for name, rule in _SAMPLING.items() if name != "max_tokens"},
         ("model", "input"),
     ),
+    _object({"id": _TEXT, "object": {"const": "response"}, "status": _TEXT, "output": _list({"type": "object"})},
+            ("id", "object", "status", "output")),
     *_REFUSALS,
+    is_streamed=True,
 )  # fmt: skip
 _BLOCK = _object({"type": {"const": "text"}, "text": _TEXT}, ("type", "text"))
 _CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": _BLOCK}]}
@@ -138,36 +171,51 @@ MESSAGES = _operation(
         _CLAUDE_BODY | _SAMPLING | {"stop_sequences": {"type": "array", "items": _TEXT}},
         ("model", "messages", "max_tokens"),
     ),
+    _object({"id": _TEXT, "type": {"const": "message"}, "content": _list({"type": "object"}), "usage": {"type": "object"}},
+            ("id", "type", "content", "usage")),
     *_REFUSALS,
-)
+    is_streamed=True,
+)  # fmt: skip
 COUNT_TOKENS = _operation(
-    "Tokens of a Messages request", _object(_CLAUDE_BODY, ("model", "messages")), 400, 401, 413, 422
-)
-MODELS = _operation("The names that may be asked for", None, 401)
-MODEL = _operation("One of them", None, 401, 404)
-BALANCE = _operation("What the key has left", None, 401)
-PRICES = _operation("What a million tokens cost at this moment", None, 401)
+    "Tokens of a Messages request", _object(_CLAUDE_BODY, ("model", "messages")),
+    _object({"input_tokens": _WHOLE}, ("input_tokens",)), *_READING,
+)  # fmt: skip
+MODELS = _operation("The names that may be asked for", None, _object({"data": _list(_MODEL)}, ("data",)), 401)
+MODEL = _operation("One of them", None, _MODEL, 401, 404) | {
+    "parameters": [{"name": "name", "in": "path", "required": True, "schema": _TEXT, "description": "It may hold slashes"}]
+}
+BALANCE = _operation(
+    "What the key has left", None,
+    _object({"is_available": _FLAG, "balance_infos": _list({"type": "object"})}, ("is_available", "balance_infos")), 401,
+)  # fmt: skip
+PRICES = _operation(
+    "What a million tokens cost at this moment", None, _object({"currency": _TEXT, "models": {"type": "object"}}, ("models",)),
+    401,
+)  # fmt: skip
 TOKENIZE = _operation(
-    "Token ids of a text",
-    _object({"model": _TEXT, "content": _TEXT, "with_pieces": _FLAG, "count_only": _FLAG}, ("content",)),
-    400,
-    401,
-    413,
-)
+    "Token ids of a text, or with `messages` of a chat's prompt",
+    {"anyOf": [
+        _object({"model": _TEXT, "content": _TEXT, "with_pieces": _FLAG, "count_only": _FLAG}, ("content",)),
+        _object({"model": _TEXT, "messages": _list(_MESSAGE), "with_pieces": _FLAG, "count_only": _FLAG}, ("model", "messages")),
+    ]},
+    _object({"tokens": _list(_WHOLE), "count": _WHOLE, "max_model_len": _WHOLE}, ("count", "max_model_len")),
+    *_READING,
+)  # fmt: skip
 DETOKENIZE = _operation(
-    "The text of token ids",
-    _object({"model": _TEXT, "tokens": {"type": "array", "items": _WHOLE}}, ("tokens",)),
-    400,
-    401,
-    413,
-)
+    "The text of token ids", _object({"model": _TEXT, "tokens": _list({"type": "integer", "minimum": 0})}, ("tokens",)),
+    _object({"content": _TEXT}, ("content",)), *_READING,
+)  # fmt: skip
 APPLY_TEMPLATE = _operation(
     "The prompt that a chat request becomes",
     _object({"model": _TEXT, "messages": {"type": "array", "items": _MESSAGE}}, ("model", "messages")),
-    400, 401, 413, 422,
+    _object({"prompt": _TEXT, "tokens": _list(_WHOLE)}, ("prompt", "tokens")), *_READING,
 )  # fmt: skip
-HEALTH = _operation("200 while the process works")
-READY = _operation("200 while new requests are taken", None, 503)
-METRICS = _operation("Prometheus metrics", None, 401, kind="text/plain")
-VERSION = _operation("The version")
-STATUS = _operation("Load and caches of every model", None, 401)
+_STATE = _object({"status": _TEXT}, ("status",))
+HEALTH = _operation("200 while the process works", None, _STATE, 500)
+READY = _operation("200 while new requests are taken", None, _STATE, 503)
+METRICS = _operation("Prometheus metrics", None, _TEXT, 401, kind="text/plain")
+VERSION = _operation("The version", None, _object({"version": _TEXT}, ("version",)))
+STATUS = _operation(
+    "Load and caches of every model", None,
+    _object({"models": _list({"type": "object"}), "process": {"type": "object"}}, ("models", "process")), 401,
+)  # fmt: skip

@@ -189,6 +189,8 @@ class _Server(uvicorn.Server):
         log.info("stopping; running requests have up to %g s", self.options.drain_s)
         await self.service.finish(self.options.drain_s, lambda: self.force_exit)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves this out then; without it the caches would not be written to disk
+            await self.lifespan.shutdown()
 
 
 def greeting(host: str, port: int, service: Service) -> str:

@@ -316,16 +316,19 @@ class Service:
         billed for what it got, and its state stays in the cache.
 
         Args:
-            is_forced: asked ten times a second whether to stop waiting at once.
+            is_forced: asked ten times a second whether to end them now.
         """
         self.is_draining = True
-        for until, is_last in ((time.monotonic() + seconds, False), (time.monotonic() + seconds + LAST_WORDS_S, True)):
-            while self.exchanges and time.monotonic() < until and not is_forced():
-                await asyncio.sleep(0.1)
-            if self.exchanges and not is_last:
-                log.info("%d requests have not finished in time; they are ended", len(self.exchanges))
-                for exchange in list(self.exchanges):
-                    await exchange.reply.cut()
+        until = time.monotonic() + seconds
+        while self.exchanges and time.monotonic() < until and not is_forced():
+            await asyncio.sleep(0.1)
+        if self.exchanges:
+            log.info("%d requests have not finished in time; they are ended", len(self.exchanges))
+        for exchange in list(self.exchanges):
+            await exchange.reply.cut()
+        until = time.monotonic() + LAST_WORDS_S
+        while self.exchanges and time.monotonic() < until:
+            await asyncio.sleep(0.1)
 
     async def drain(self) -> None:
         """Wait for what replies left to do."""

@@ -10,6 +10,7 @@ always, and what comes back is read into the same events as those of a local mod
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import time
@@ -125,8 +126,9 @@ class UpstreamModel:
             "top_k": call.top_k or None, "min_p": call.min_p or None, "n": call.n if call.n > 1 else None,
             "repetition_penalty": call.repetition_penalty if call.repetition_penalty != 1 else None,
             "logit_bias": {str(token): bias for token, bias in call.logit_bias.items()} or None,
-            # The engine's cache must not mix what our keys keep apart.
-            "cache_salt": tenant or None,
+            # The engine's cache must not mix what our keys keep apart: vLLM and SGLang go by the first name, DeepSeek's
+            # own service and a server like this one by the second.
+            "cache_salt": _salt(tenant), "user_id": _salt(tenant),
         }  # fmt: skip
         body.update({name: value for name, value in optional.items() if value is not None})
         if isinstance(call.input, FillIn):
@@ -153,6 +155,11 @@ class UpstreamModel:
 
     async def close(self) -> None:
         await self.client.aclose()
+
+
+def _salt(tenant: str) -> str | None:
+    """A name for a tenant that tells nothing of it, as long as any engine takes it."""
+    return hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32] if tenant else None
 
 
 def _conversation(conversation: Conversation, call: Call) -> dict[str, Any]:
