@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     run = save_run(tmp_path_factory.mktemp("run"))
     folder = tmp_path_factory.mktemp("server")
     # One log line per request would be read by the test; there is none at this level.
-    options = ("--port", 0, "--server", folder, "--max-running", 4, "--memory-gib", 0.1, "--max-body-mib", 4)
+    options = ("--port", 0, "--server", folder, "--max-running", 4, "--memory-gib", 0.03, "--max-body-mib", 4)
     with ServerProcess(run, *options) as process:
         yield process
         code = process.stop()
@@ -237,7 +237,7 @@ def mangled(r: random.Random) -> tuple[str, bytes, dict[str, bytes]]:
         if how == 0:
             content, headers["Content-Encoding"] = gzip.compress(content), "gzip"
         elif how == 1:
-            headers["Content-Type"] = r.choice(["text/plain", "multipart/form-data", "application/xml", "", "\x7f", "x" * 500])
+            headers["Content-Type"] = r.choice(["text/plain", "multipart/form-data", "application/xml", "", "x" * 500])
         elif how == 2:
             headers |= {"X-Api-Key": "x" * 2000, "Authorization": r.choice(["", "Bearer", "Basic ???", "Bearer  a b", "ü"])}
         else:

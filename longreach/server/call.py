@@ -130,10 +130,6 @@ class TokenLogprob:
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
 
-    @property
-    def token(self) -> str:
-        return self.bytes.decode("utf-8", errors="replace")
-
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:

@@ -40,7 +40,7 @@ def open_local(
     """
     options = EngineOptions(
         max_running=max_running, memory_gib=memory_gib, precision=precision, disk_cache=disk_cache, disk_gib=disk_gib,
-        speculation=speculation, draft_tokens=draft_tokens,
+        speculation=speculation, draft_tokens=draft_tokens, checkpoint_gib=memory_gib / 2, swap_gib=memory_gib,
     )  # fmt: skip
     options.check()
     tokenizer = Tokenizer.load(find_model(path))

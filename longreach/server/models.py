@@ -31,7 +31,7 @@ from longreach.server.call import ApiError, Call, Event, FillIn, Finish, Head, U
 from longreach.server.engine_loop import EngineLoop, Mailbox, Ticket
 from longreach.server.reader import ChatReader, Reader, TextReader
 from longreach.server.replay import Replay
-from longreach.server.tool_grammar import answer_grammar
+from longreach.server.tool_grammar import answer_grammar, strict_schema
 from longreach.tokenizer.special import THINK_END
 
 DEFAULT_TOKENS = {"plain": 8192, "thinking": 65536, "max": 131072}
@@ -231,7 +231,8 @@ class LocalModel:
         try:
             if isinstance(call.input, FillIn):
                 return fim(call.input.prompt, call.input.suffix)
-            return render(call.input, texts=self.setup.texts, layout=self.setup.layout)
+            conversation = _as_enforced(call.input) if self.hosted else call.input
+            return render(conversation, texts=self.setup.texts, layout=self.setup.layout)
         except RequestError as error:
             raise ApiError(400, str(error)) from None
 
@@ -495,6 +496,17 @@ def _size(call: Call) -> int:
         shapes = [tool.function for tool in told.tools], form.schema if form is not None else None
         size += len(orjson.dumps(shapes, default=dict))
     return size
+
+
+def _as_enforced(conversation: Conversation) -> Conversation:
+    """Strict tools with the schema that they are held to, which is what the hosted service shows the model."""
+    tools = tuple(
+        replace(tool, function={**tool.function, "parameters": strict_schema(tool.parameters, hosted=True)})
+        if tool.strict
+        else tool
+        for tool in conversation.tools
+    )
+    return replace(conversation, tools=tools)
 
 
 def _all_tools(conversation: Conversation) -> list[Tool]:

@@ -79,7 +79,8 @@ class ServeOptions:
     max_waiting: int = 256
     """Requests that may wait for a model; more are refused with 429."""
     memory_gib: float = 1.0
-    """For each model's cache in memory."""
+    """For each model's cache in memory; up to half as much more for the states at the ends of texts, and as much again for
+    requests that are set aside when it is full."""
     disk_cache: Path | None = None
     """Directory where the caches outlive the server; None keeps them in memory alone."""
     disk_gib: float = 10.0

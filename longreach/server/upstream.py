@@ -206,7 +206,10 @@ def _message(message: Message) -> dict[str, Any]:
 
 def _format(form: AnswerFormat) -> dict[str, Any]:
     if form.kind == "json_schema":
-        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(form.schema or {}), "strict": True}}
+        return {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": dict(form.schema or {}), "strict": True},
+        }
     if form.kind == "regex":
         return {"type": "regex", "regex": form.regex}
     return {"type": "json_object"}
@@ -460,7 +463,9 @@ def _logprobs(entries: Any) -> tuple[TokenLogprob, ...]:
     def one(entry: Mapping[str, Any]) -> TokenLogprob:
         spelled = entry.get("bytes")
         content = bytes(spelled) if isinstance(spelled, list) else str(entry.get("token", "")).encode()
-        return TokenLogprob(content, float(entry["logprob"]), tuple(one(top) for top in entry.get("top_logprobs") or ()))
+        return TokenLogprob(
+            content, float(entry["logprob"]), tuple(one(top) for top in entry.get("top_logprobs") or ())
+        )
 
     return tuple(one(entry) for entry in entries)
 
@@ -473,7 +478,9 @@ def _legacy_logprobs(lists: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     tops = lists.get("top_logprobs") or [None] * len(tokens)
     return tuple(
         TokenLogprob(
-            token.encode(), float(value or 0.0), tuple(TokenLogprob(t.encode(), float(p)) for t, p in (top or {}).items())
+            token.encode(),
+            float(value or 0.0),
+            tuple(TokenLogprob(t.encode(), float(p)) for t, p in (top or {}).items()),
         )
         for token, value, top in zip(tokens, values, tops, strict=False)
     )
