@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import math
 import time
@@ -781,7 +782,7 @@ def test_another_key_finds_nothing_of_a_cached_prompt(guarded: LiveServer) -> No
 
 
 def test_a_bug_is_a_500_that_tells_nothing(server: LiveServer, client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(call: Any) -> Any:
+    async def broken(call: Any, tenant: str = "") -> Any:
         raise RuntimeError("/home/somebody/model: the prompt was: my secret")
 
     monkeypatch.setattr(server.model, "prepare", broken)
@@ -789,6 +790,23 @@ def test_a_bug_is_a_500_that_tells_nothing(server: LiveServer, client: OpenAI, m
         client.chat.completions.create(model="small", messages=say("Hi"))
     assert caught.value.body["message"] == "The server failed to answer this request."
     assert "secret" not in caught.value.response.text and "/home" not in caught.value.response.text
+
+
+def test_after_a_bug_the_connection_still_serves(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(call: Any, tenant: str = "") -> Any:
+        raise RuntimeError("a bug")
+
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    body = json.dumps({"model": "small", "messages": say("What is the capital of France?")})
+    with monkeypatch.context() as patch:
+        patch.setattr(server.model, "prepare", broken)
+        connection.request("POST", "/v1/chat/completions", body)
+        reply = connection.getresponse()
+        assert reply.status == 500 and reply.read()
+    time.sleep(0.2)
+    connection.request("POST", "/v1/chat/completions", body)
+    assert connection.getresponse().status == 200
+    connection.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -354,7 +354,11 @@ class Routes:
         else:
             message = str(error.detail)
         return error_reply(
-            ApiError(error.status_code, message, code="not_found"), dialect_of(request.url.path), error.headers
+            ApiError(
+                error.status_code, message, code="not_found" if error.status_code == 404 else "invalid_request_error"
+            ),
+            dialect_of(request.url.path),
+            error.headers,
         )
 
     async def fail(self, request: Request, error: Exception) -> Response:

@@ -182,7 +182,9 @@ COUNT_TOKENS = _operation(
 )  # fmt: skip
 MODELS = _operation("The names that may be asked for", None, _object({"data": _list(_MODEL)}, ("data",)), 401)
 MODEL = _operation("One of them", None, _MODEL, 401, 404) | {
-    "parameters": [{"name": "name", "in": "path", "required": True, "schema": _TEXT, "description": "It may hold slashes"}]
+    "parameters": [
+        {"name": "name", "in": "path", "required": True, "schema": _TEXT, "description": "It may hold slashes"}
+    ]
 }
 BALANCE = _operation(
     "What the key has left", None,

@@ -113,7 +113,14 @@ class EngineLoop:
         self.thread.start()
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, reader: Reader, mailbox: Mailbox, *, tenant: str, choice: int = 0
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        reader: Reader,
+        mailbox: Mailbox,
+        *,
+        tenant: str,
+        choice: int = 0,
     ) -> Ticket:
         """Queue an answer. Call it in the event loop.
 
@@ -272,4 +279,3 @@ def _with_logprobs(
             assert isinstance(event, kind)
             items[place] = kind(event.text, logprobs, choice)
     return items
-

@@ -54,7 +54,9 @@ class Guard:
             return
         is_foreign = bool(origin) and _authority(origin) != host.lower()
         if is_foreign and not self._allows(origin):
-            await _refuse(scope, send, 403, "Pages of other origins may not call this server; start it with --cors ORIGIN.")
+            await _refuse(
+                scope, send, 403, "Pages of other origins may not call this server; start it with --cors ORIGIN."
+            )
             return
         if is_foreign and scope["method"] == "OPTIONS":
             await _preflight(send, origin, headers)

@@ -46,7 +46,9 @@ def open_local(
     tokenizer = Tokenizer.load(find_model(path))
     missing = [mark for mark in (USER, ASSISTANT, THINK_START, THINK_END) if mark not in tokenizer.special_ids]
     if missing:
-        raise ConfigError(f"{path}: its tokenizer lacks {', '.join(missing)}, so no conversation can be laid out for it")
+        raise ConfigError(
+            f"{path}: its tokenizer lacks {', '.join(missing)}, so no conversation can be laid out for it"
+        )
     llm = LLM(path, options, tokenizer=tokenizer, arithmetic=arithmetic, device=device)
     model = LocalModel(name, llm.engine, setup, hosted=hosted)
     dtype = str(llm.engine.model.dtype).removeprefix("torch.")

@@ -46,7 +46,10 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.routed = Counter(
-            "longreach_routed", "requests to auto by kind and by where they went", ["kind", "model"], registry=self.registry
+            "longreach_routed",
+            "requests to auto by kind and by where they went",
+            ["kind", "model"],
+            registry=self.registry,
         )
         self.first_token_s = Histogram(
             "longreach_time_to_first_token_seconds", "from the request to its first token", ["model"], buckets=_SECONDS,

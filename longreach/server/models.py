@@ -1,10 +1,10 @@
 """The models a server holds, behind one small protocol: in this process, or upstream on another engine.
 
-    model = LocalModel("small", llm_engine, ...)
-    reply = await model.open(call, tenant="key/user")
-    head = await reply.start()                     once inference has begun
-    async for events in reply: ...                 until each choice has its `Finish`
-    reply.usage                                    then
+model = LocalModel("small", llm_engine, ...)
+reply = await model.open(call, tenant="key/user")
+head = await reply.start()                     once inference has begun
+async for events in reply: ...                 until each choice has its `Finish`
+reply.usage                                    then
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class Reply(Protocol):
     @property
     def usage(self) -> Usage:
         """As far as it is known; complete when over."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: the finish reasons of its choices."""
         ...
 
     @property
@@ -451,6 +456,10 @@ class LocalReply:
         return len(self._finishes) == self.prepared.call.n and not self._early
 
     @property
+    def reason(self) -> str:
+        return ",".join(self._finishes[choice].reason for choice in sorted(self._finishes))
+
+    @property
     def usage(self) -> Usage:
         requests = [ticket.request for ticket in self.tickets if ticket.request is not None]
         if not requests:
@@ -526,4 +535,3 @@ def _is_constrained(call: Call) -> bool:
     form: AnswerFormat | None = call.input.answer_format
     strict = any(tool.strict for tool in call.input.tools)
     return form is not None or call.tool_choice in ("required", "named") or strict
-

@@ -69,7 +69,7 @@ class LiveReply(Response):
         try:
             await self._answer()
         except ApiError as error:
-            await self.exchange.close("failed")
+            await self.exchange.close("failed", error.message)
             await self._fail(error, scope, receive)
         except BaseException as error:
             # The client left, the server is stopping, or a bug of ours. What was computed stays in the cache, and is in
@@ -101,7 +101,11 @@ class LiveReply(Response):
             if waited > WAIT_LIMIT_S:
                 await reply.cancel()
                 raise ApiError(
-                    503, "The server is overloaded; try again later.", type="server_error", code="server_error", retry_after_s=30
+                    503,
+                    "The server is overloaded; try again later.",
+                    type="server_error",
+                    code="server_error",
+                    retry_after_s=30,
                 )
             await self._write(alive)
             waited += KEEP_ALIVE_S
@@ -111,7 +115,9 @@ class LiveReply(Response):
         if not self.has_begun:
             self.has_begun = True
             headers = [(b"content-type", self._content_type), (b"cache-control", b"no-cache")]
-            headers += [(name.encode(), value.encode("latin-1", "replace")) for name, value in self.exchange.headers().items()]
+            headers += [
+                (name.encode(), value.encode("latin-1", "replace")) for name, value in self.exchange.headers().items()
+            ]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         if is_last:
             self._watcher.cancel()  # a connection that ends after this is no client that left
@@ -152,7 +158,7 @@ class StreamReply(LiveReply):
             for event in events:
                 frames += writer.event(event)
             if reply.is_over:
-                await exchange.close("completed")
+                await exchange.close("completed", reply.reason)
                 await self._write(frames + writer.end(reply.usage), is_last=True)
             else:
                 await self._write(frames or alive)
@@ -183,7 +189,7 @@ class WholeReply(LiveReply):
                 await self._write(b"\n")
                 quiet_since = loop.time()
         assert reply.head is not None
-        await exchange.close("completed")
+        await exchange.close("completed", reply.reason)
         answers = collect(events, exchange.call.n)
         body = self.dialect.whole(exchange.call, exchange.head(reply.head), answers, reply.usage)
         await self._write(orjson.dumps(body), is_last=True)
@@ -191,4 +197,3 @@ class WholeReply(LiveReply):
     async def _fail_inside(self, error: ApiError) -> None:
         # The status said 200. A body that breaks off is an error to every client; one that ends would look like an answer.
         await self._write(orjson.dumps(self.dialect.error(error)))
-

@@ -46,7 +46,9 @@ _MATHEMATICS = re.compile(
     r"probability|triangle|integers?)\b|\d\s*[-+*/^=]\s*\d",
     re.IGNORECASE,
 )
-_FACTS = re.compile(r"^\s*(?:who|when|where|which|what (?:is|was|are|were) the (?:name|date|capital|year))\b", re.IGNORECASE)
+_FACTS = re.compile(
+    r"^\s*(?:who|when|where|which|what (?:is|was|are|were) the (?:name|date|capital|year))\b", re.IGNORECASE
+)
 
 
 def kind_of(call: Call, prompt_tokens: int) -> Kind:

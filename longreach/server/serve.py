@@ -175,7 +175,9 @@ def _run(service: Service, listening: socket.socket, options: ServeOptions) -> N
 class _Server(uvicorn.Server):
     """uvicorn, which says where it is once it listens, and refuses new work from the moment it is told to stop."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, listening: socket.socket, options: ServeOptions) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, listening: socket.socket, options: ServeOptions
+    ) -> None:
         super().__init__(config)
         self.service, self.listening, self.options = service, listening, options
 

@@ -263,7 +263,14 @@ class Service:
             self._coming[model.name] -= call.n
 
     async def _begin(
-        self, key: Key, call: Call, dialect: Dialect, dialect_name: str, model: Model, prepared: Prepared, choice: Choice | None
+        self,
+        key: Key,
+        call: Call,
+        dialect: Dialect,
+        dialect_name: str,
+        model: Model,
+        prepared: Prepared,
+        choice: Choice | None,
     ) -> Exchange:
         admitted = self.limiter.admit(key, prepared.prompt_tokens)
         opening = Opening(
@@ -287,7 +294,9 @@ class Service:
                 self.metrics.requests.labels(model.name, dialect_name, "failed").inc()
                 raise
         except BaseException:
-            self.ledger.finish(opening.id, "cancelled", Usage())  # where the client left while the row was being written
+            self.ledger.finish(
+                opening.id, "cancelled", Usage()
+            )  # where the client left while the row was being written
             admitted.release()
             raise
         if self.options.log_prompts:
@@ -368,8 +377,11 @@ class Exchange:
             headers["x-longreach-ignored"] = ", ".join(self.call.ignored)
         return headers
 
-    async def close(self, status: Ending) -> None:
+    async def close(self, status: Ending, reason: str = "") -> None:
         """Account for the request; returns when that is on the disk. Only the first call does anything.
+
+        Args:
+            reason: why the answer ended, for the ledger.
 
         Raises:
             ApiError: the ledger cannot be written; the client must not believe that it was served.
@@ -380,12 +392,13 @@ class Exchange:
         self.service.exchanges.discard(self)
         usage, reply, service = self.reply.usage, self.reply, self.service
         self.admitted.release(usage.completion_tokens)
-        written = service.ledger.finish(self.opening.id, status, usage, first_token_s=reply.first_token_s)
+        written = service.ledger.finish(
+            self.opening.id, status, usage, reason=reason, first_token_s=reply.first_token_s
+        )
         self._measure(status, usage)
         if status != "completed":
             await reply.cancel()
-        elif self.choice is not None or service.router is not None:
-            assert service.router is not None
+        elif service.router is not None:
             service.router.learn(self.model.name, self.call, usage)
         await _of_ledger(written)
 
@@ -396,7 +409,7 @@ class Exchange:
 
     async def _leave(self) -> None:
         try:
-            await self.close("cancelled")
+            await self.close("cancelled", "client left")
         except ApiError as error:
             log.warning("a cancelled request is not in the ledger: %s", error.message)
 
@@ -422,9 +435,7 @@ def tenant_of(key: Key, user_id: str) -> str:
 
 
 def busy(message: str, retry_after_s: int) -> ApiError:
-    return ApiError(
-        429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s
-    )
+    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
 
 
 async def _of_ledger(future: Any) -> Any:

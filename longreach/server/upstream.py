@@ -298,6 +298,10 @@ class UpstreamReply:
         return self.prepared.call
 
     @property
+    def reason(self) -> str:
+        return ",".join(reason for _, (reason, _) in sorted(self._finishes.items()))
+
+    @property
     def usage(self) -> Usage:
         if not self._usage:
             return Usage(self.prepared.prompt_tokens, 0, self._generated)
