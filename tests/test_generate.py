@@ -265,9 +265,9 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(longreach_command, save
 def test_a_text_that_the_engine_could_not_finish_is_an_error_after_what_there_is(longreach_command, saved, monkeypatch):
     accept, calls = Engine._accept, []
 
-    def fail_third(self, request, answers):
+    def fail_third(self, request, answers, *rest):
         calls.append(0)
-        return accept(self, request, answers) if len(calls) < 3 else self._fail(request, "no more luck")
+        return accept(self, request, answers, *rest) if len(calls) < 3 else self._fail(request, "no more luck")
 
     monkeypatch.setattr(Engine, "_accept", fail_third)
     result = longreach_command("generate", saved, PROMPT, "--seed", 3)
