@@ -9,7 +9,7 @@ import pytest
 
 from longreach.chat.messages import Conversation, Message, Tool
 from longreach.errors import ConfigError
-from longreach.server.call import Call, FillIn, Usage
+from longreach.server.call import Call, FillIn
 from longreach.server.routing import KINDS, LONG_TOKENS, MODES, Router, Table, kind_of
 
 FLASH = (Decimal("0.003"), Decimal("0.15"), Decimal("0.60"))
@@ -55,30 +55,30 @@ def test_the_large_model_is_chosen_exactly_where_its_gain_exceeds_its_extra_cost
     extra = (660 + 1013.76 - 150 - 307.2) / 1e6
     call = ask("Tell me a story.")
     for gain, is_large in ((extra * 1.001, True), (extra * 0.999, False)):
-        router = Router(table(0.5, 0.6), value_usd=gain / 0.1)
+        router = Router(table(0.5, 0.6), value=gain / 0.1)
         choice = router.choose(call, 1000, (0, 0), (FLASH, PRO), NAMES)
         assert choice.is_large is is_large
-        assert choice.extra_usd == pytest.approx(extra)
-        assert choice.gain_usd == pytest.approx(gain)
+        assert choice.extra == pytest.approx(extra)
+        assert choice.gain == pytest.approx(gain)
 
 
 def test_a_worse_large_model_is_never_paid_for():
-    assert not Router(table(0.6, 0.5), value_usd=1e6).choose(ask("Hi"), 10, (0, 0), (FLASH, PRO), NAMES).is_large
+    assert not Router(table(0.6, 0.5), value=1e6).choose(ask("Hi"), 10, (0, 0), (FLASH, PRO), NAMES).is_large
 
 
 def test_a_conversation_stays_where_its_text_is_cached():
     call, prompt = ask("And then?"), 60_000
-    router = Router(table(0.80, 0.85), value_usd=0.10)
-    assert router.choose(call, prompt, (0, 0), (FLASH, PRO), NAMES).extra_usd > 0.005  # both must read it: too dear
+    router = Router(table(0.80, 0.85), value=0.10)
+    assert router.choose(call, prompt, (0, 0), (FLASH, PRO), NAMES).extra > 0.005  # both must read it: too dear
     assert not router.choose(call, prompt, (prompt, 0), (FLASH, PRO), NAMES).is_large
     assert router.choose(call, prompt, (0, prompt), (FLASH, PRO), NAMES).is_large
 
 
 def test_longer_answers_of_a_model_make_it_dearer():
-    router, call = Router(table(0.5, 0.6), value_usd=0.02), ask("Tell me a story.")
+    router, call = Router(table(0.5, 0.6), value=0.02), ask("Tell me a story.")
     assert router.choose(call, 100, (0, 0), (FLASH, PRO), NAMES).is_large
     for _ in range(40):
-        router.learn("large", call, Usage(100, 0, 4000))
+        router.learn("large", call, 4000)
     assert not router.choose(call, 100, (0, 0), (FLASH, PRO), NAMES).is_large
 
 

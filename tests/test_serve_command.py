@@ -9,7 +9,6 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +194,18 @@ def test_a_stopped_server_finishes_what_runs_and_sends_new_requests_away(run, fo
 
 
 def test_what_does_not_finish_in_time_ends_properly_and_a_restart_goes_on_from_the_disk_cache(run, folder, tmp_path):
-    options = ("--port", 0, "--server", folder, "--disk-cache", tmp_path / "cache", "--drain-s", 0.3, "--max-running", 2)
+    options = (
+        "--port",
+        0,
+        "--server",
+        folder,
+        "--disk-cache",
+        tmp_path / "cache",
+        "--drain-s",
+        0.3,
+        "--max-running",
+        2,
+    )
     with ServerProcess(run, *options) as server:
         running = [Background(server.url, body(LONG + f"def f{i}():", 3000)) for i in range(2)]
         wait_until(lambda: all(len(r.lines) > 5 for r in running))
@@ -251,10 +261,3 @@ def test_prompts_are_in_the_log_only_when_asked_for(run, folder, option):
         assert httpx.post(server.url + "/v1/chat/completions", content=b'{"xyzzy-secret').status_code == 400
         assert server.stop() == 0
         assert ("xyzzy-secret" in server.text) == bool(option)
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Requests to this machine go to this machine."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    yield

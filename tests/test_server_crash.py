@@ -45,7 +45,9 @@ class Load:
         self.begun: set[str] = set()
         self.answers: dict[int, str] = {}
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._ask, args=(seed * 100 + i,), daemon=True) for i in range(clients)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(seed * 100 + i,), daemon=True) for i in range(clients)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -113,11 +115,11 @@ def kill_again_and_again(tmp_path: Path, times: int) -> None:
     begun: set[str] = set()
     expected: dict[int, str] = {}
     lost = hits = 0
-    for time_ in range(times + 1):
+    for start_number in range(times + 1):
         with ServerProcess(*options) as server:
             # The start says how many it found, and nothing else that would trouble anybody.
             said = server.text.splitlines()
-            if time_:
+            if start_number:
                 assert sum("marked lost" in line for line in said) in (0, 1, 2)
             for word in ("Traceback", "ERROR", "error", "damaged", "cannot"):
                 assert word not in server.text, server.text
@@ -127,12 +129,12 @@ def kill_again_and_again(tmp_path: Path, times: int) -> None:
                 text, hit = answer(server.url, which)
                 assert expected.setdefault(which, text) == text, f"prompt {which} is answered otherwise after a crash"
                 hits += hit
-            if time_ == times:
+            if start_number == times:
                 assert server.stop() == 0
                 break
-            load = Load(server.url, 8, time_)
+            load = Load(server.url, 8, start_number)
             wait_until(lambda load=load: len(load.completed) > 10, 60)
-            time.sleep(random.Random(time_).uniform(0, 0.4))
+            time.sleep(random.Random(start_number).uniform(0, 0.4))
             server.kill()
             load.stop()
             completed |= load.completed
@@ -162,7 +164,7 @@ def spent(folder: Path) -> int:
 
 
 def test_a_killed_server_has_every_finished_request_in_its_ledger_once_and_starts_again(tmp_path):
-    kill_again_and_again(tmp_path, 2)
+    kill_again_and_again(tmp_path, 3)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def history(*messages: Message, tools: tuple[Tool, ...] = (), thinking: bool = F
 def test_an_answer_comes_back_in_the_tokens_it_was_written_in():
     replay = Replay(TOKENIZER)
     assert spelled(ANSWER) != TOKENIZER.encode(ANSWER)
-    replay.learn("a", Message("assistant", ANSWER), [*spelled(ANSWER), TOKENIZER.eos_id])
+    replay.learn("a", Message("assistant", ANSWER), [*spelled(ANSWER), TOKENIZER.eos_id], thinks=False)
     prompt = render(history(Message("assistant", ANSWER)), texts="none")
     ids = prompt.encode(TOKENIZER, replay.of("a"))
     assert TOKENIZER.decode(ids) == prompt.text
@@ -46,7 +46,7 @@ def test_an_answer_comes_back_in_the_tokens_it_was_written_in():
 
 def test_a_user_who_repeats_an_answer_is_encoded_as_ever():
     replay = Replay(TOKENIZER)
-    replay.learn("a", Message("assistant", ANSWER), spelled(ANSWER))
+    replay.learn("a", Message("assistant", ANSWER), spelled(ANSWER), thinks=False)
     prompt = render(Conversation((Message("user", ANSWER),), thinking=False), texts="none")
     assert prompt.encode(TOKENIZER, replay.of("a")) == prompt.encode(TOKENIZER)
 
@@ -59,7 +59,7 @@ def test_arguments_in_a_client_s_words_become_the_model_s_again():
     )
     written = marked("Hm.", THINK_END, block, EOS)
     replay = Replay(TOKENIZER)
-    replay.learn("a", Message("assistant", "", "Hm.", (ToolCall("add", '{"x": {"a": 1}}', "c"),)), written)
+    replay.learn("a", Message("assistant", "", "Hm.", (ToolCall("add", '{"x": {"a": 1}}', "c"),)), written, thinks=True)
     back = Message("assistant", "", "Hm.", (ToolCall("add", json.dumps({"x": {"a": 1}}), "c"),))
     prompt = render(
         Conversation((Message("user", "Hi"), back, Message("tool", "2", tool_call_id="c")), (tool,)), texts="none"
@@ -72,16 +72,38 @@ def test_arguments_in_a_client_s_words_become_the_model_s_again():
 def test_text_that_only_looks_like_a_special_token_is_another_part():
     replay = Replay(TOKENIZER)
     block = f"\n\n<{DSML}tool_calls>\n</{DSML}tool_calls>"
-    replay.learn("a", Message("assistant", block), spelled(block))
+    replay.learn("a", Message("assistant", block), spelled(block), thinks=False)
     prompt = render(history(Message("assistant", "", tool_calls=())), texts="none")
     assert prompt.encode(TOKENIZER, replay.of("a")) == prompt.encode(TOKENIZER)
 
 
+def test_an_answer_that_did_not_think_after_all_is_cut_behind_its_mark():
+    """The first token ends the reasoning; what follows is the answer, and nothing else comes back for it."""
+    replay = Replay(TOKENIZER)
+    replay.learn("a", Message("assistant", ANSWER), marked(THINK_END, spelled(ANSWER), EOS), thinks=True)
+    for thinking in (False, True):
+        prompt = render(history(Message("assistant", ANSWER), thinking=thinking), texts="none")
+        ids = prompt.encode(TOKENIZER, replay.of("a"))
+        assert TOKENIZER.decode(ids) == prompt.text
+        assert ids != prompt.encode(TOKENIZER)
+
+
+def test_an_answer_that_went_on_from_the_client_s_own_beginning_replaces_nothing(tmp_path):
+    model = ScriptedModel("small", make_engine(TOKENIZER))
+    model.script["Hi"] = spelled(" 42.")
+    with live_server(tmp_path, model) as server:
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is", "prefix": True}]
+        body = {"model": "small", "messages": messages, "thinking": {"type": "disabled"}, "max_tokens": 20}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"].endswith(" 42.")
+        assert model.replay.of("0/")(" 42.") is None
+
+
 def test_the_oldest_goes_when_there_is_too_much():
-    replay = Replay(TOKENIZER, limit_tokens=250)
+    replay = Replay(TOKENIZER, limit_bytes=1200)
     for number in range(4):
         text = f"{ANSWER} {number}"
-        replay.learn("a", Message("assistant", text), spelled(text))
+        replay.learn("a", Message("assistant", text), spelled(text), thinks=False)
     known = [replay.of("a")(f"{ANSWER} {number}") is not None for number in range(4)]
     assert known == [False, False, True, True]
 

@@ -41,7 +41,8 @@ from longreach.runtime import busy_and_own_seconds, json_line
 from longreach.tokenizer.bpe import Tokenizer
 
 START_S = 120.0
-_WORDS = "def class return import self value number list print open file read write for in if else with as yield".split()
+_TEXT = "def class return import self value number list print open file read write for in if else with as yield"
+_WORDS = _TEXT.split()
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ def _report(
     record: Record, o: ServeBenchOptions, seen: Seen, elapsed: float, spent: dict[str, float], others: float, after: Any
 ) -> None:
     asked = o.clients * o.requests
-    record.say(f"{o.clients} clients, {asked} requests of {o.max_tokens} tokens, {elapsed:.1f} s; other load {others:.2f} CPUs")
+    record.say(
+        f"{o.clients} clients, {asked} requests of {o.max_tokens} tokens, {elapsed:.1f} s; other load {others:.2f} CPUs"
+    )
     for name, value, text in (
         ("requests", asked, "{:.0f} requests"),
         ("completed", len(seen.completed), "{:.0f} answered"),
@@ -175,7 +178,9 @@ def _account(record: Record, seen: Seen, folder: Path) -> None:
         rows = ledger.execute("SELECT id, status FROM longreach_requests").fetchall()
     completed = [row[0] for row in rows if row[1] == "completed"]
     record.figures["ledger_lost"] = len(set(seen.completed) - set(completed))
-    record.figures["ledger_twice"] = len(completed) - len(set(completed)) + len(seen.completed) - len(set(seen.completed))
+    record.figures["ledger_twice"] = (
+        len(completed) - len(set(completed)) + len(seen.completed) - len(set(seen.completed))
+    )
     record.say(
         f"  ledger: {len(rows)} rows, {record.figures['ledger_lost']:.0f} answers missing, "
         f"{record.figures['ledger_twice']:.0f} twice"
@@ -193,7 +198,9 @@ def _wait_for_port(server: subprocess.Popen[bytes], log: Path) -> int:
             if word.startswith("http://127.0.0.1:") and word.endswith("/"):
                 return int(word.rstrip("/").rpartition(":")[2])
         if server.poll() is not None:
-            raise RequestError(f"the server did not start: {text.strip().splitlines()[-1] if text.strip() else 'no word'}")
+            raise RequestError(
+                f"the server did not start: {text.strip().splitlines()[-1] if text.strip() else 'no word'}"
+            )
         time.sleep(0.05)
     raise RequestError(f"the server did not start within {START_S:g} s")
 
@@ -247,7 +254,8 @@ async def _one(port: int, body: bytes, seen: Seen) -> None:
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         status = await reader.readline()
         first_byte = time.perf_counter() - began

@@ -86,9 +86,7 @@ class Prompt:
         """Its text, in which a special token differs from the same letters as text: no text has a lone surrogate."""
         return "".join("\ud800" + piece.text if piece.is_special else piece.text for piece in self.pieces)
 
-    def encode(
-        self, tokenizer: Tokenizer, known: Callable[[str], Sequence[int] | None] | None = None
-    ) -> list[int]:
+    def encode(self, tokenizer: Tokenizer, known: Callable[[str], Sequence[int] | None] | None = None) -> list[int]:
         """Its token ids. Text between two special tokens is encoded as a whole, and never becomes a special token.
 
         Args:

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
@@ -35,16 +35,21 @@ from longreach.server.models import LocalModel, Model
 from longreach.server.openai import OPENAI_CHAT, OPENAI_COMPLETIONS, model_body
 from longreach.server.replies import JsonReply, StreamReply, WholeReply, error_reply
 from longreach.server.responses import RESPONSES
-from longreach.server.service import AUTO, Service
+from longreach.server.service import AUTO, RETIRED, Service
 
 OPENAI_PREFIXES = ("", "/v1", "/beta", "/beta/v1")
 ANTHROPIC_PREFIXES = ("", "/v1", "/anthropic", "/anthropic/v1")
+
+LONG_BODY_BYTES = 1 << 17
 
 PAGE_POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types dompurify"
 )
 """The page loads nothing from anywhere else and runs no script but its own files; only the sanitiser may make HTML of text."""
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Routes:
             service = self.service
             try:
                 key = service.authenticate(request.headers)
-                call = self._read(dialect, await self._body(request))
+                call = await self._call(dialect, request)
                 exchange = await service.open(key, call, dialect, name)
             except ApiError as error:
                 return error_reply(error, dialect)
@@ -157,11 +162,15 @@ class Routes:
 
         return answer
 
-    def _read(self, dialect: Dialect, body: Any) -> Call:
-        call = dialect.read(body, self.service.options.rules)
-        if dialect is ANTHROPIC:
-            return self._named(call)
-        return call
+    async def _call(self, dialect: Dialect, request: Request) -> Call:
+        """What a request asks for.
+
+        Raises:
+            ApiError: its body breaks a rule.
+        """
+        content = await self._content(request)
+        call = await _in_time(len(content), lambda: dialect.read(self._request(content), self.service.options.rules))
+        return self._named(call) if dialect is ANTHROPIC else call
 
     def _named(self, call: Call) -> Call:
         """A Claude name that is none of ours stands for one of DeepSeek's, as on the hosted service."""
@@ -174,14 +183,23 @@ class Routes:
             ApiError: too long, too slow, or not JSON.
         """
         content = await self._content(request)
+        return await _in_time(len(content), lambda: self._parse(content))
+
+    def _request(self, content: bytearray) -> Any:
+        """The body of a call. A retired name says whether to think: a plain alias would switch it on for deepseek-chat."""
+        body = self._parse(content)
+        name = body.get("model")
+        if self.service.options.retired_names and isinstance(name, str) and name in RETIRED:
+            switch = {"thinking": {"type": "enabled" if RETIRED[name] else "disabled"}}
+            off = {} if RETIRED[name] else {"reasoning": {"effort": "none"}}
+            return body | (off if "input" in body else switch)
+        return body
+
+    def _parse(self, content: bytearray) -> Any:
         status = 422 if self.service.options.rules.hosted else 400
         prefix = "Failed to deserialize the JSON body into the target type: " if status == 422 else ""
         try:
-            # A long body takes milliseconds to read, in which nobody else would be served.
-            if len(content) > 1 << 18:
-                body = await asyncio.to_thread(orjson.loads, bytes(content))
-            else:
-                body = orjson.loads(content)
+            body = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             what = f"{error.msg}: line {error.lineno} column {error.colno}"
             raise ApiError(status, f"{prefix}the body is not JSON ({what})") from None
@@ -210,7 +228,7 @@ class Routes:
         """Anthropic's count of a prompt's tokens."""
         try:
             key = self.service.authenticate(request.headers)
-            call = self._read(ANTHROPIC, await self._body(request))
+            call = await self._call(ANTHROPIC, request)
             return JsonReply(count_body(await self.service.find(call.model, key).count_tokens(call)))
         except ApiError as error:
             return error_reply(error, ANTHROPIC)
@@ -264,7 +282,7 @@ class Routes:
         key, body = self.service.authenticate(request.headers), await self._body(request)
         model = self._local(body, key)
         if "messages" in body:
-            call = OPENAI_CHAT.read(body, self.service.options.rules)
+            call = await asyncio.to_thread(OPENAI_CHAT.read, body, self.service.options.rules)
             ids = await model.encode(call)
         else:
             text = body.get("content", body.get("prompt"))
@@ -292,7 +310,7 @@ class Routes:
     async def apply_template(self, request: Request) -> Response:
         """The prompt of a chat request, as text and as token ids."""
         key, body = self.service.authenticate(request.headers), await self._body(request)
-        call = OPENAI_CHAT.read(body, self.service.options.rules)
+        call = await asyncio.to_thread(OPENAI_CHAT.read, body, self.service.options.rules)
         model = self._local(body, key)
         prompt = await asyncio.to_thread(model.render, call)
         return JsonReply({"prompt": prompt.text, "tokens": await model.encode(call)})
@@ -376,6 +394,11 @@ class _Page:
 
     async def __call__(self) -> Response:
         return FileResponse(self.path, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+
+
+async def _in_time(size: int, read: Callable[[], _T]) -> _T:
+    """Read a body of so many bytes: a long one in a thread, for it may take a second, in which nobody else would be served."""
+    return await asyncio.to_thread(read) if size > LONG_BODY_BYTES else read()
 
 
 def _decode(model: LocalModel, tokens: Any) -> str | None:

@@ -31,7 +31,7 @@ def _operation(
 ) -> dict[str, Any]:
     answers: dict[str, Any] = {"200": {"description": "Done", "content": {kind: {"schema": answer}}}}
     if is_streamed:
-        answers["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+        answers["200"]["content"]["text/event-stream"] = {"schema": _object({"data": _TEXT}, ("data",))}  # of one event
     for status in statuses:
         answers[str(status)] = {"description": _MEANINGS[status], "content": {"application/json": {"schema": _ERROR}}}
     about: dict[str, Any] = {"summary": summary, "responses": answers}
@@ -51,9 +51,10 @@ _MEANINGS = {
 _READING = (400, 401, 408, 413, 422)
 _REFUSALS = (*_READING, 402, 429, 500, 502, 503)
 
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_cache_hit_tokens")
 _USAGE = _object(
-    {name: _WHOLE for name in ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_cache_hit_tokens")},
-    ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_cache_hit_tokens"),
+    dict.fromkeys(_COUNTS, _WHOLE),
+    _COUNTS,
 )
 _CHOICE = _object({"index": _WHOLE, "finish_reason": _TEXT}, ("index", "finish_reason"))
 
@@ -96,7 +97,7 @@ _TOOL = _object(
 _MESSAGE = _object(
     {
         "role": {"enum": ["system", "user", "assistant", "tool", "developer"]},
-        "content": {"anyOf": [_TEXT, {"type": "array", "items": _object({"type": {"const": "text"}, "text": _TEXT}, ("type", "text"))}]},
+        "content": {"anyOf": [_TEXT, _list(_object({"type": {"const": "text"}, "text": _TEXT}, ("type", "text")))]},
         "reasoning_content": _TEXT, "tool_call_id": _TEXT, "prefix": _FLAG,
     },
     ("role", "content"),
@@ -131,7 +132,8 @@ CHAT = _operation(
 COMPLETIONS = _operation(
     "A text continued, or with `suffix` a gap filled; with `stream` as server-sent events",
     _object(
-        {"model": _TEXT, "prompt": _TEXT, "suffix": _TEXT, "echo": _FLAG, "logprobs": {"type": "integer", "minimum": 0, "maximum": 5}}
+        {"model": _TEXT, "prompt": _TEXT, "suffix": _TEXT, "echo": _FLAG}
+        | {"logprobs": {"type": "integer", "minimum": 0, "maximum": 20}}
         | _MORE_SAMPLING,
         ("model", "prompt"),
     ),

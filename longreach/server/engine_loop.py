@@ -135,7 +135,7 @@ class EngineLoop:
             self._tickets[ticket.id] = ticket  # before the engine knows it: a step may be under way
             try:
                 ticket.request = self.engine.submit(
-                    prompt, params, user=tenant, tenant=tenant, request_id=ticket.id, stream=reader
+                    prompt, params, user=_sharer(tenant), tenant=tenant, request_id=ticket.id, stream=reader
                 )
             except RequestError:
                 del self._tickets[ticket.id]
@@ -172,14 +172,14 @@ class EngineLoop:
             began = time.thread_time()
             try:
                 outputs = self.engine.step()
+                ended = time.thread_time()
+                reading = sum(ticket.reader.take_cpu_s() for ticket in self._moved(outputs))
+                self._deliver(outputs)
             except Exception as error:  # the edge: one engine failing must not leave its clients waiting for ever
                 log.exception("the engine of %s failed", self.name)
                 self._fail_all(type(error).__name__)
                 return
-            ended = time.thread_time()
-            reading = sum(ticket.reader.take_cpu_s() for ticket in self._moved(outputs))
             self.cpu_s += ended - began - reading
-            self._deliver(outputs)
             now = time.thread_time()
             self.outside_s += now - spent - (ended - began - reading)
             spent = now
@@ -245,6 +245,12 @@ def _unfinished() -> ApiError:
 
 def _stopped(status: int) -> ApiError:
     return ApiError(status, "The model stopped working; restart the server.", type="server_error", code="server_error")
+
+
+def _sharer(tenant: str) -> str:
+    """Who takes turns with others: a key, whatever users it names; without keys each user."""
+    key = tenant.partition("/")[0]
+    return tenant if key == "0" else key
 
 
 def _put_all(batch: Sequence[tuple[Mailbox, Sequence[Event | ApiError]]]) -> None:

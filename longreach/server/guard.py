@@ -90,7 +90,10 @@ class Guard:
 
 def _name(host: str) -> str:
     """A Host header without its port."""
-    return (urlsplit(f"//{host}").hostname or "").lower() if host else ""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:  # a bracket too many or too few
+        return ""
 
 
 def _authority(origin: str) -> str:

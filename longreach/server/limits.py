@@ -31,7 +31,7 @@ class Busy:
         message: one line for the client.
     """
 
-    reason: Literal["concurrency", "tokens_per_minute"]
+    reason: Literal["concurrency", "tokens_per_minute", "queue"]
     retry_after_s: int
     message: str
 

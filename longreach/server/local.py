@@ -51,6 +51,7 @@ def open_local(
         )
     llm = LLM(path, options, tokenizer=tokenizer, arithmetic=arithmetic, device=device)
     model = LocalModel(name, llm.engine, setup, hosted=hosted)
+    model.replay.limit = int(model.replay.limit * memory_gib)  # its own size is meant for a cache of a GiB
     dtype = str(llm.engine.model.dtype).removeprefix("torch.")
     log.info(
         "%s: %s, %s, context of %d tokens, cache of %g GiB in %s%s; compiled: %s", name, path, dtype, model.context, memory_gib,

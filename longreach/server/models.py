@@ -14,6 +14,7 @@ import hashlib
 import secrets
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -442,14 +443,26 @@ class LocalReply:
         # A text cut at a stop string, or read with trouble, comes back as another text.
         if not isinstance(reader, ChatReader) or reader.parser.problems or reader.stop or request is None:
             return
-        began = next(i for i in range(len(prompt), -1, -1) if i == 0 or prompt[i - 1] in self.model.limits)
+        layout, conversation = self.prepared.layout, self.prepared.call.input
+        assert layout is not None and isinstance(conversation, Conversation)
+        if conversation.messages[-1].is_open:
+            return  # the client puts its own beginning before the answer, in its own way
+        began: list[int] = []
+        if layout.begins_call:
+            began = prompt[next(i for i in range(len(prompt), 0, -1) if prompt[i - 1] in self.model.limits) :]
         generated = request.tokens[request.num_prompt :]
+        learn = partial(
+            self.model.replay.learn,
+            self.tenant,
+            reader.message(),
+            generated,
+            thinks=layout.begins_thinking,
+            began=began,
+        )
         if len(generated) > 2000:  # encoding the text again takes milliseconds
-            asyncio.get_running_loop().run_in_executor(
-                None, self.model.replay.learn, self.tenant, reader.message(), generated, prompt[began:]
-            )
+            asyncio.get_running_loop().run_in_executor(None, learn)
         else:
-            self.model.replay.learn(self.tenant, reader.message(), generated, prompt[began:])
+            learn()
 
     @property
     def is_over(self) -> bool:
@@ -533,5 +546,6 @@ def _is_constrained(call: Call) -> bool:
     if not isinstance(call.input, Conversation):
         return False
     form: AnswerFormat | None = call.input.answer_format
-    strict = any(tool.strict for tool in call.input.tools)
-    return form is not None or call.tool_choice in ("required", "named") or strict
+    tools = call.input.tools if call.tool_choice != "none" else ()
+    held = any(tool.strict for tool in tools) or (bool(tools) and not call.parallel_tool_calls)
+    return form is not None or call.tool_choice in ("required", "named") or held

@@ -11,59 +11,66 @@ only slower.
 
 from __future__ import annotations
 
+import sys
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from longreach.chat.messages import Message
 from longreach.chat.renderer import answer_parts
 from longreach.tokenizer.bpe import Tokenizer
 from longreach.tokenizer.special import THINK_END
 
-_ENTRY_TOKENS = 64
-"""What an entry costs besides its own tokens, counted as tokens of 8 bytes."""
+_ENTRY_NBYTES = 300
+"""Of the dictionary's slot, the tuple and the array's head."""
 
 
 class Replay:
     """Remembered parts of answers. Any thread may call.
 
     Args:
-        limit_tokens: of all parts together; a token takes 8 bytes and its text some more.
+        limit_bytes: of all parts together, their texts included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limit_tokens: int = 4_000_000) -> None:
-        self.tokenizer, self.limit = tokenizer, limit_tokens
-        self._parts: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
+    def __init__(self, tokenizer: Tokenizer, limit_bytes: int = 32 << 20) -> None:
+        self.tokenizer, self.limit = tokenizer, limit_bytes
+        self._parts: OrderedDict[tuple[str, str], array[int]] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
-    def learn(self, tenant: str, message: Message, generated: Sequence[int], began: Sequence[int] = ()) -> None:
+    def learn(
+        self, tenant: str, message: Message, generated: Sequence[int], *, thinks: bool, began: Sequence[int] = ()
+    ) -> None:
         """Remember an answer.
 
         Args:
             message: what it was read as.
             generated: its tokens, the end mark included or not.
-            began: tokens of the answer's part that stood in the prompt already (an open message).
+            thinks: whether the prompt ended inside reasoning, so that they begin with it.
+            began: tokens of a block of calls that stood in the prompt already, opened.
         """
         tokenizer = self.tokenizer
         ids = [*began, *generated]
         if ids and ids[-1] == tokenizer.eos_id:
             ids.pop()
-        parts = [ids]
-        end = tokenizer.special_ids.get(THINK_END)
-        if message.reasoning is not None and end in ids:
+        parts, reasoning = [ids], None
+        if thinks:
+            end = tokenizer.special_id(THINK_END)
+            if end not in ids:
+                return  # cut off while it thought: nothing follows it
             place = ids.index(end)
-            parts = [ids[:place], ids[place + 1 :]]
-        elif message.reasoning is not None:
-            return  # cut off while it thought: nothing follows it
-        for written, part in zip(answer_parts(message)[-len(parts) :], parts, strict=True):
+            # Reasoning may be empty: its end is the first token then.
+            parts, reasoning = [ids[:place], ids[place + 1 :]], message.reasoning or ""
+        for written, part in zip(answer_parts(replace(message, reasoning=reasoning)), parts, strict=True):
             if part and written.encode(tokenizer) != part:
                 self._keep((tenant, written.key), part)
 
-    def of(self, tenant: str) -> Callable[[str], list[int] | None]:
+    def of(self, tenant: str) -> Callable[[str], Sequence[int] | None]:
         """What is known of a tenant's answers, by the text that the renderer makes of a part."""
 
-        def find(text: str) -> list[int] | None:
+        def find(text: str) -> Sequence[int] | None:
             with self._lock:
                 part = self._parts.get((tenant, text))
                 if part is not None:
@@ -72,12 +79,17 @@ class Replay:
 
         return find
 
-    def _keep(self, key: tuple[str, str], part: list[int]) -> None:
+    def _keep(self, key: tuple[str, str], ids: Sequence[int]) -> None:
+        part = array("I", ids)
         with self._lock:
             if (old := self._parts.pop(key, None)) is not None:
-                self._size -= len(old) + _ENTRY_TOKENS
+                self._size -= _nbytes(key, old)
             self._parts[key] = part
-            self._size += len(part) + _ENTRY_TOKENS
+            self._size += _nbytes(key, part)
             while self._size > self.limit:
-                _, gone = self._parts.popitem(last=False)
-                self._size -= len(gone) + _ENTRY_TOKENS
+                self._size -= _nbytes(*self._parts.popitem(last=False))
+
+
+def _nbytes(key: tuple[str, str], part: array[int]) -> int:
+    """Memory of an entry: its tokens, its texts, and what the objects around them take."""
+    return part.itemsize * len(part) + sum(map(sys.getsizeof, key)) + _ENTRY_NBYTES

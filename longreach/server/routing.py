@@ -1,12 +1,12 @@
 """`auto`: which of two models a request goes to, by what the better one is expected to gain and to cost.
 
-    gain  = value_usd · (p_large − p_small)          what a solved request is worth, times the better chance of solving it
+    gain  = value · (p_large − p_small)          what a solved request is worth, times the better chance of solving it
     extra = cost_large − cost_small                  at the price table in force, prompt hits of each model counted as hits
     large if gain > extra, else small
 
 `p` comes from a table by kind of request and reasoning mode. The kind is told from the request alone, by rules that can be
 read below: tools, code, mathematics, facts, long context, or anything else. The first table is the announced scores of Flash
-and Pro; `--auto-table FILE` replaces it by measured ones (`longreach evaluate` writes such a file). Tokens of the answer are
+and Pro; `--auto-table FILE` replaces it by your own. Tokens of the answer are
 expected to be as many as the model's last answers of that mode had.
 
 A conversation stays where it is unless the gain says otherwise: the other model would have to read all of it again, and
@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from longreach.chat.messages import Conversation
 from longreach.errors import ConfigError
-from longreach.server.call import Call, Usage
+from longreach.server.call import Call
 
 Kind = Literal["tools", "code", "mathematics", "facts", "long", "other"]
 KINDS: tuple[Kind, ...] = ("tools", "code", "mathematics", "facts", "long", "other")
@@ -130,7 +130,7 @@ class Expected:
 
     means: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(lambda: 512.0))
 
-    def learn(self, model: str, mode: str, tokens: int) -> None:
+    def learn(self, model: str, mode: str, tokens: float) -> None:
         self.means[model, mode] += (tokens - self.means[model, mode]) / 8
 
 
@@ -140,23 +140,33 @@ class Choice:
 
     is_large: bool
     kind: Kind
-    gain_usd: float
-    extra_usd: float
+    gain: float
+    extra: float
+    currency: str = "USD"
+    only_fit: bool = False
+    """Only this model can hold the prompt and the answer asked for; nothing was weighed."""
 
     def __str__(self) -> str:
+        if self.only_fit:
+            return f"{self.kind}: only this one can hold it"
         sign = ">" if self.is_large else "<="
-        return f"{self.kind}: gain {self.gain_usd:.6f} {sign} extra cost {self.extra_usd:.6f} USD"
+        return f"{self.kind}: gain {self.gain:.6f} {sign} extra cost {self.extra:.6f} {self.currency}"
+
+
+def only_fit(call: Call, prompt_tokens: int, is_large: bool) -> Choice:
+    """The choice where there is none."""
+    return Choice(is_large, kind_of(call, prompt_tokens), 0.0, 0.0, only_fit=True)
 
 
 class Router:
     """The policy.
 
     Args:
-        value_usd: what a solved request is worth to whoever asks.
+        value: what a solved request is worth to whoever asks, in the currency of the prices.
     """
 
-    def __init__(self, table: Table, value_usd: float = 0.01) -> None:
-        self.table, self.value_usd, self.expected = table, value_usd, Expected()
+    def __init__(self, table: Table, value: float = 0.01, currency: str = "USD") -> None:
+        self.table, self.value, self.currency, self.expected = table, value, currency, Expected()
 
     def choose(
         self,
@@ -170,21 +180,21 @@ class Router:
 
         Args:
             hits: prompt tokens that the small and the large model would find in their caches.
-            prices: USD per million tokens of hit, miss and output, of the small and the large model.
+            prices: per million tokens of hit, miss and output, of the small and the large model.
             names: of the two, for the expected length of the answer.
         """
         kind, mode = kind_of(call, prompt_tokens), mode_of(call)
         small, large = self.table.chances[kind][mode]
         costs = [
-            self._cost(prompt_tokens, hit, price, self.expected.means[name, mode])
+            self._cost(prompt_tokens, hit, price, min(self.expected.means[name, mode], call.max_tokens or float("inf")))
             for hit, price, name in zip(hits, prices, names, strict=True)
         ]
-        gain, extra = self.value_usd * (large - small), costs[1] - costs[0]
-        return Choice(gain > extra, kind, gain, extra)
+        gain, extra = self.value * (large - small), costs[1] - costs[0]
+        return Choice(gain > extra, kind, gain, extra, self.currency)
 
-    def learn(self, name: str, call: Call, usage: Usage) -> None:
+    def learn(self, name: str, call: Call, tokens: float) -> None:
         """Take note of how long an answer became."""
-        self.expected.learn(name, mode_of(call), usage.completion_tokens)
+        self.expected.learn(name, mode_of(call), tokens)
 
     @staticmethod
     def _cost(prompt: int, hit: int, price: tuple[Decimal, Decimal, Decimal], output: float) -> float:

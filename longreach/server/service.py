@@ -17,12 +17,11 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from longreach.chat.messages import Conversation
 from longreach.runtime import log
 from longreach.server.call import ApiError, Call, Dialect, Head, Rules, Usage
 from longreach.server.database import LedgerError
@@ -32,7 +31,7 @@ from longreach.server.limits import Admitted, Busy, RateLimiter
 from longreach.server.metrics import Metrics
 from longreach.server.models import LocalModel, Model, Prepared, Reply, stopping
 from longreach.server.prices import Price, PriceTable
-from longreach.server.routing import Choice, Router
+from longreach.server.routing import Choice, Router, only_fit
 
 AUTO = "auto"
 RETIRED = {"deepseek-chat": False, "deepseek-reasoner": True}
@@ -55,7 +54,7 @@ class ServiceOptions:
         log_prompts: write the text of requests into the log.
     """
 
-    rules: Rules = Rules()
+    rules: Rules = field(default_factory=Rules)
     max_waiting: int = 256
     retired_names: bool = False
     log_prompts: bool = False
@@ -119,6 +118,9 @@ class Service:
     ) -> None:
         self.catalogue, self.ledger, self.keys, self.prices, self.router = catalogue, ledger, keys, prices, router
         self.options = options or ServiceOptions()
+        if self.options.retired_names:
+            for name in RETIRED:
+                catalogue.aliases.setdefault(name, catalogue.small.name)
         self.limiter = RateLimiter()
         self.metrics = Metrics(self.model_status)
         self.started = time.monotonic()
@@ -184,10 +186,6 @@ class Service:
     async def _route(self, call: Call, key: Key) -> tuple[Model, Call, Prepared, Choice | None]:
         """The model for a call, and the call ready for it."""
         name = call.model
-        if name in RETIRED and self.options.retired_names and isinstance(call.input, Conversation):
-            # A plain rename would switch thinking on for deepseek-chat.
-            call = replace(call, input=replace(call.input, thinking=RETIRED[name]))
-            name = FLASH_NAMES[0]
         if not key.allows(call.model):
             raise self._unknown(call.model, key)
         if name == AUTO and self.catalogue.has_auto and self.router is not None:
@@ -212,15 +210,20 @@ class Service:
             # What only one of them can hold goes there; what neither takes is refused in the large one's words.
             for model, ready in ((small, first), (large, second)):
                 if not isinstance(ready, ApiError):
-                    return model, call, ready, None
+                    return self._sent(model, call, ready, only_fit(call, ready.prompt_tokens, model is large))
             assert isinstance(second, ApiError)
             raise second
+        if first.max_tokens < second.max_tokens and first.max_tokens < (call.max_tokens or 0):
+            return self._sent(large, call, second, only_fit(call, second.prompt_tokens, True))
         prices = tuple(self.price_values(model) for model in (small, large))
         choice = self.router.choose(
             call, second.prompt_tokens, (small.known(first, tenant), large.known(second, tenant)),
             (prices[0], prices[1]), (small.name, large.name),
         )  # fmt: skip
         model, ready = (large, second) if choice.is_large else (small, first)
+        return self._sent(model, call, ready, choice)
+
+    def _sent(self, model: Model, call: Call, ready: Prepared, choice: Choice) -> tuple[Model, Call, Prepared, Choice]:
         self.metrics.routed.labels(choice.kind, model.name).inc()
         return model, call, ready, choice
 
@@ -255,7 +258,6 @@ class Service:
         if self.is_draining:
             raise stopping()
         model, call, prepared, choice = await self._route(call, key)
-        self._check_queue(model)
         self._coming[model.name] += call.n
         try:
             return await self._begin(key, call, dialect, dialect_name, model, prepared, choice)
@@ -272,11 +274,11 @@ class Service:
         prepared: Prepared,
         choice: Choice | None,
     ) -> Exchange:
-        admitted = self.limiter.admit(key, prepared.prompt_tokens)
         opening = Opening(
             secrets.token_hex(16), key, dialect_name, call.model, model.name, self.price_of(model),
             Usage(prepared.prompt_tokens, 0, _expected_output(prepared) * call.n), call.user_id, model.kind == "upstream",
         )  # fmt: skip
+        admitted = self._full(model, call) or self.limiter.admit(key, prepared.prompt_tokens)
         if isinstance(admitted, Busy):
             self.ledger.refuse(opening, admitted.reason)
             self.metrics.requests.labels(model.name, dialect_name, "refused").inc()
@@ -294,10 +296,9 @@ class Service:
                 self.metrics.requests.labels(model.name, dialect_name, "failed").inc()
                 raise
         except BaseException:
-            self.ledger.finish(
-                opening.id, "cancelled", Usage()
-            )  # where the client left while the row was being written
-            admitted.release()
+            # Where the client left while the row was being written it is open still.
+            self.ledger.finish(opening.id, "cancelled", Usage())
+            admitted.release(-prepared.prompt_tokens)  # nothing was read: back into the bucket
             raise
         if self.options.log_prompts:
             log.info("request %s: %s", opening.id, call.input)
@@ -305,12 +306,16 @@ class Service:
         self.exchanges.add(exchange)
         return exchange
 
-    def _check_queue(self, model: Model) -> None:
-        if isinstance(model, LocalModel):
-            # Those that are on their way count: a crowd that comes at once is checked before any of it has been submitted.
-            waiting = len(model.engine.requests) + self._coming[model.name] - model.engine.options.max_running
-            if waiting >= self.options.max_waiting:
-                raise busy("The server is at its limit; try again later.", max(1, math.ceil(waiting / 16)))
+    def _full(self, model: Model, call: Call) -> Busy | None:
+        """Why a model takes no more at the moment. `call` itself is among those that are on their way."""
+        if not isinstance(model, LocalModel):
+            return None
+        # Those on their way count: a crowd that comes at once is checked before any of it has been submitted.
+        most = model.engine.options.max_running
+        waiting = len(model.engine.requests) + self._coming[model.name] - call.n - most
+        if waiting < self.options.max_waiting:
+            return None
+        return Busy("queue", max(1, math.ceil(waiting / most)), "The server is at its limit; try again later.")
 
     def in_background(self, work: Awaitable[Any]) -> None:
         """Go on with something after the reply it belongs to has ended."""
@@ -399,7 +404,7 @@ class Exchange:
         if status != "completed":
             await reply.cancel()
         elif service.router is not None:
-            service.router.learn(self.model.name, self.call, usage)
+            service.router.learn(self.model.name, self.call, usage.completion_tokens / self.call.n)
         await _of_ledger(written)
 
     def leave(self) -> None:

@@ -102,7 +102,7 @@ def answer_grammar(
                 f"Invalid value for 'tool_call': no function named '{name}' was specified in the 'tools' parameter."
             )
     must_call = is_open or choice in ("required", "named")
-    if not tools or not (must_call or answer is not None or any(tool.strict for tool in tools)):
+    if not tools or not (must_call or answer is not None or not parallel or any(tool.strict for tool in tools)):
         return _answer_alone(tokenizer, answer)
     rules = _Rules(tokenizer.special_id(DSML))
     calls = " | ".join(_call(rules, tool, hosted) for tool in tools)

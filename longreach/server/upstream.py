@@ -261,7 +261,7 @@ class UpstreamReply:
     created: int = field(default_factory=lambda: int(time.time()))
     began: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
-    _lines: AsyncIterator[str] | None = None
+    _lines: AsyncIterator[bytes] | None = None
     _reading: Any = None
     _usage: Mapping[str, Any] = field(default_factory=dict)
     _early: list[Event] = field(default_factory=list)
@@ -361,13 +361,13 @@ class UpstreamReply:
             except ApiError:
                 self._end()
                 raise
-            lines = self._lines = self.response.aiter_lines()
+            lines = self._lines = _lines(self.response)
         try:
             async for line in lines:
-                if not line.startswith("data:"):
+                if not line.startswith(b"data:"):
                     continue
                 data = line[5:].strip()
-                if data == "[DONE]":
+                if data == b"[DONE]":
                     break
                 if events := self._events(orjson.loads(data)):
                     return events
@@ -458,6 +458,17 @@ def read_usage(usage: Mapping[str, Any], generated: int) -> Usage:
         prompt, min(hits, prompt), count("completion_tokens") or generated,
         count("completion_tokens_details", "reasoning_tokens"),
     )  # fmt: skip
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines of a stream of events. httpx's own also end at U+2028 and the like, which JSON may hold as they are."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
 
 
 def _logprobs(entries: Any) -> tuple[TokenLogprob, ...]:

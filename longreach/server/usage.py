@@ -173,7 +173,7 @@ def report(
     # Requests between two moments at which a price can change are priced together.
     step_ms = min((table.step_minutes for table in what_if), default=60) * _MINUTE_MS
     moment = r.started_ms - r.started_ms % step_ms if what_if and at is None else sa.literal_column("0")
-    by = [*labels, r.status, r.answered_by, moment.label("moment"), r.price_hit, r.price_miss]
+    by = [*labels, r.status, r.answered_by, moment.label("moment"), r.price_hit, r.price_miss, r.model.label("asked")]
     tokens = (r.hit_tokens, r.miss_tokens, r.completion_tokens, r.reasoning_tokens)
     query = sa.select(*by, sa.func.count(), *map(sa.func.sum, (*tokens, r.amount))).where(r.status != "running")
     if since is not None:
@@ -182,7 +182,7 @@ def report(
         query = query.where(r.started_ms < _ms(until))
 
     stands_for: dict[str, str] = dict(priced_as or {})
-    grouping = [*labels, r.status, r.answered_by, "moment", r.price_hit, r.price_miss]
+    grouping = [*labels, r.status, r.answered_by, "moment", r.price_hit, r.price_miss, r.model]
     lines: dict[tuple[str, ...], Line] = {}
     total = _new_line((), what_if)
     with database.read() as connection:
@@ -193,8 +193,8 @@ def report(
                 names.get(value, "(no key)") if name == "key" else str(value)
                 for name, value in zip(groups, values, strict=False)
             )
-            status, model, moment_ms, price_hit, price_miss, count = values[len(groups) : len(groups) + 6]
-            hit, miss, completion, reasoning, amount = map(int, values[len(groups) + 6 :])
+            status, model, moment_ms, price_hit, price_miss, asked, count = values[len(groups) : len(groups) + 7]
+            hit, miss, completion, reasoning, amount = map(int, values[len(groups) + 7 :])
             usage = Usage(hit + miss, hit, completion, reasoning)
             is_billed = status in BILLED
             if group not in lines:
@@ -210,12 +210,17 @@ def report(
                     line.saved += hit * (price_miss - price_hit)
                     when = at or datetime.fromtimestamp(moment_ms / 1000, UTC)
                     for table, found in zip(what_if, line.what_if, strict=True):
-                        _add_priced(found, table, stands_for.get(str(model), str(model)), when, usage, count)
+                        _add_priced(
+                            found, table, (stands_for.get(str(model), str(model)), str(asked)), when, usage, count
+                        )
     return Report(tuple(groups), database.currency, [lines[group] for group in sorted(lines)], total)
 
 
-def _add_priced(found: WhatIf, table: PriceTable, model: str, when: datetime, usage: Usage, count: int) -> None:
-    price = table.price_of(model, when)
+def _add_priced(
+    found: WhatIf, table: PriceTable, names: Sequence[str], when: datetime, usage: Usage, count: int
+) -> None:
+    """Add what some requests cost under the first of these names that the table has."""
+    price = next((price for name in names if (price := table.price_of(name, when)) is not None), None)
     if price is None:
         found.unpriced += count
         return
