@@ -247,20 +247,22 @@ def test_a_long_body_of_small_parts_stops_nobody_elses_stream(tmp_path):
     with live_server(tmp_path, model) as live, concurrent.futures.ThreadPoolExecutor(1) as pool:
         sent = {"model": "tiny", "messages": [{"role": "user", "content": ""}] * 400_000}
         content = json.dumps(sent).encode()
-        longest, last, answer = 0.0, 0.0, None
+        longest, last, began, answer = 0.0, 0.0, 0.0, None
         with httpx.stream("POST", live.url + "/v1/completions", json=body(3500, stream=True), timeout=30) as stream:
             for _ in stream.iter_bytes():
                 now = time.monotonic()
                 if answer is None:
+                    began = now
                     answer = pool.submit(httpx.post, live.url + "/v1/chat/completions", content=content, timeout=60)
                 else:
                     longest = max(longest, now - last)
-                    if answer.done():
-                        break
                 last = now
+                if answer.done():
+                    break
         assert answer is not None
         assert answer.result().status_code == 400
-        assert longest < 1.0, f"a stream stood still for {longest:.1f} s"
+        # Read in the event loop it would stand still for nearly all of that time, however slow the machine is.
+        assert longest < 0.6 * (last - began), f"a stream stood still for {longest:.1f} of {last - began:.1f} s"
 
 
 # ---- connections ----------------------------------------------------------------------------------------------------

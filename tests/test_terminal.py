@@ -381,6 +381,7 @@ def interrupt_at_step(monkeypatch, *numbers: int) -> None:
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_what_there_is(chat, prompts, monkeypatch, tokenizer):
+    handler = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell
     draw(monkeypatch, itertools.repeat(tokenizer.encode("a")[0]))
     interrupt_at_step(monkeypatch, 5)
     result = chat(["a", "b"], max_tokens=40)
@@ -390,7 +391,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_there_is(chat, prompts, mo
     assert "stopped" in result.err
     assert second["tokens"] == 40
     assert tokenizer.decode(prompts[1]).count("aaaaa" + EOS) == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_second_interrupt_leaves(chat, monkeypatch, tokenizer):
