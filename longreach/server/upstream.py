@@ -388,7 +388,7 @@ class UpstreamReply:
         share = usage.completion_tokens // max(1, len(self._finishes))
         thought = usage.reasoning_tokens // max(1, len(self._finishes))
         return [
-            Finish(reason if reason in _FINISH else "stop", stop, share, thought, choice)  # type: ignore[arg-type]
+            Finish(reason if reason in _FINISH else "stop", stop, share, thought, choice)  # type: ignore[arg-type]  # one of them, as was just checked
             for choice, (reason, stop) in sorted(self._finishes.items())
         ]
 
