@@ -30,8 +30,12 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"errors"},
     "checkpoint": BASE | {"model", "ops"},
     "engine": BASE | {"checkpoint", "model", "native", "ops", "tokenizer"},
+    "tasks": BASE | {"chat", "tokenizer"},
+    # episodes and scores: called by training between steps and by the command line
+    "evaluate": BASE | {"chat", "checkpoint", "engine", "model", "tasks", "tokenizer"},
     # applications: never import each other
-    "train": BASE | {"checkpoint", "data", "model", "ops", "optim", "plan", "tokenizer"},
+    "train": BASE
+    | {"chat", "checkpoint", "data", "engine", "evaluate", "model", "ops", "optim", "plan", "tasks", "tokenizer"},
     "plan": BASE | {"model"},
     "bench": BASE | {"checkpoint", "engine", "model", "native", "ops", "optim", "plan", "tokenizer"},
     "generate": BASE | {"engine", "native", "tokenizer"},
@@ -39,7 +43,22 @@ ALLOWED: dict[str, set[str]] = {
     "server": BASE | {"chat", "engine", "model", "native", "tokenizer"},
     # above the applications
     "journey": BASE
-    | {"bench", "checkpoint", "data", "engine", "generate", "model", "ops", "optim", "plan", "tokenizer", "train"},
+    | {
+        "bench",
+        "chat",
+        "checkpoint",
+        "data",
+        "engine",
+        "evaluate",
+        "generate",
+        "model",
+        "ops",
+        "optim",
+        "plan",
+        "tasks",
+        "tokenizer",
+        "train",
+    },
     # the command line names its verbs as text and loads the chosen one
     "cli": {"errors"},
     "__main__": {"cli"},

@@ -17,13 +17,19 @@ encoder and in the renderings of deepseek-recipe.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, get_args
 
-from longreach.chat.messages import Effort
+from longreach.chat.messages import Conversation, Effort
 from longreach.errors import RequestError
 
 EffortTexts = Literal["preview", "0731", "none"]
 """Revision of the weights whose paragraphs are used."""
+
+Mode = Literal["non-think", "think-high", "think-max"]
+"""The announcement's names for them."""
+
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 ABSOLUTE = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
@@ -59,3 +65,15 @@ def effort_text(effort: Effort, texts: EffortTexts) -> str:
     if texts not in get_args(EffortTexts):
         raise RequestError(f"effort texts {texts!r} are unknown; there are {', '.join(get_args(EffortTexts))}")
     return _PARAGRAPHS.get((texts, effort), "")
+
+
+def in_mode(conversation: Conversation, mode: Mode) -> Conversation:
+    """The conversation, asking for an answer in this mode.
+
+    Raises:
+        RequestError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise RequestError(f"mode {mode!r} is unknown; modes are {', '.join(MODES)}")
+    effort: Effort = "max" if mode == "think-max" else "high"
+    return dataclasses.replace(conversation, thinking=mode != "non-think", effort=effort)

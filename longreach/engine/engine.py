@@ -250,6 +250,7 @@ class Engine:
         deadline_s: float | None = None,
         request_id: str | None = None,
         stream: TokenReader | None = None,
+        begun: Sequence[int] = (),
     ) -> Request:
         """Queue a request.
 
@@ -260,6 +261,8 @@ class Engine:
             priority: higher goes first.
             deadline_s: seconds from now after which it ends with what it has.
             stream: reads the tokens in place of a `TextStream`, in the thread that steps: stop strings are its affair then.
+            begun: tokens generated for this very request before it was interrupted, by this engine or another: it goes on
+                behind them as if it had never stopped. They count for `max_tokens`, and no output reports them again.
 
         Raises:
             RequestError: an empty prompt, a token outside the vocabulary, a prompt beyond the context or the memory, wrong
@@ -302,9 +305,37 @@ class Engine:
                 if params.after is not None:
                     request.work.plain = without_penalties(params)
             request.work.guide = guide
+            self._take_up(request, begun)
             self.requests[name] = request
             self._incoming.append(request)
         return request
+
+    def _take_up(self, request: Request, begun: Sequence[int]) -> None:
+        """Stand behind tokens that were generated before; they are read again like those of a pre-empted request."""
+        if not begun:
+            return
+        tokens, work = self._tokens(begun), request.work
+        for place, token in enumerate(tokens):
+            waits = work.guide is not None and work.guide.is_waiting
+            ended = len(request.tokens) + 1 >= request.limit or (work.guide is not None and work.guide.is_finished)
+            if (
+                not ended
+                and work.guide is not None
+                and not work.guide.take(token, request.limit - len(request.tokens) - 1)
+            ):
+                raise RequestError(f"begun has token {token} at {place}, which the grammar does not allow there")
+            if not ended and work.stream is not None:
+                work.stream.push(token)
+                ended = work.stream.finish_reason is not None
+            elif token in request.params.stop_token_ids and request.num_generated + 1 >= request.params.min_tokens:
+                ended = True
+            if ended:
+                raise RequestError(
+                    f"the {len(tokens)} tokens begun with end the request at number {place + 1}; nothing is left to generate"
+                )
+            request.tokens.append(token)
+            if work.counts is not None and not waits:
+                work.counts.append(token)
 
     def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

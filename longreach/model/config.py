@@ -20,7 +20,7 @@ from longreach.errors import ConfigError
 
 LayerKind = Literal["sliding", "csa", "hca", "dense", "mla"]
 
-PRESETS = ("flash", "pro", "v32", "tiny", "small", "bench")
+PRESETS = ("flash", "pro", "v32", "micro", "tiny", "small", "bench")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class ModelConfig:
 
     @staticmethod
     def preset(name: str) -> ModelConfig:
-        """One of `flash`, `pro`, `v32` (released shapes), `tiny`, `small` (trainable here), `bench`."""
+        """One of `flash`, `pro`, `v32` (released shapes), `micro`, `tiny`, `small` (trainable here), `bench`."""
         from longreach.model import presets
 
         if name not in PRESETS:

@@ -55,6 +55,17 @@ def tiny() -> ModelConfig:
     )  # fmt: skip
 
 
+def micro() -> ModelConfig:
+    """1.4M parameters: one sliding, one CSA, one HCA and one more sliding layer, for post-training studies in minutes."""
+    return ModelConfig(
+        vocab_size=1024, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
+        qk_rope_head_dim=16, q_lora_rank=64, o_groups=2, o_lora_rank=64, sliding_window=64,
+        compress_ratios=(0, 4, 32, 0), index_n_heads=4, index_head_dim=32, index_topk=32,
+        n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, routed_scaling_factor=1.5,
+        num_hash_layers=1, max_position_embeddings=16_384, numerics="transformers",
+    )  # fmt: skip
+
+
 def small() -> ModelConfig:
     """51M parameters and an MTP block: a night on two cores, or one GPU."""
     return ModelConfig(

@@ -43,6 +43,7 @@ from longreach.runtime import (
     set_threads,
     setup_logging,
 )
+from longreach.train.balance import balance_experts, expert_balance, indexer_figures, is_hashed
 from longreach.train.losses import balance_loss, mean_loss, predicted, summed_loss
 from longreach.train.metrics import TrainingProgress, duration, figures_line
 from longreach.train.mirror import open_mirror
@@ -53,10 +54,8 @@ from longreach.train.setup import check_memory, load_corpus, steps_in
 from longreach.train.stability import Anticipation, Feed, SpikeDetector
 from longreach.train.state import newest_state, read_state, save_state, state_files
 from longreach.train.stopping import StopRequest, stop_signals
-from longreach.train.working import frozen_but_indexer, unfrozen, working_copy
+from longreach.train.working import clip_gradients, frozen_but_indexer, unfrozen, working_copy
 
-BIAS_SPEED = 0.001
-CLIP_NORM = 1.0
 RECALL_EVERY = 20
 """Steps between measurements of the indexer's recall in the sparse phase, where it costs a dense attention."""
 
@@ -206,7 +205,7 @@ class Trainer:
                 if self.detector.is_spike(record["loss"], phase) and self.go_back(record["loss"]):
                     phase = ""
                     continue
-                norm = self.clip()
+                norm = clip_gradients(self.master)
                 self.optimizer.scale_lr(plan.lr_factor)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -306,15 +305,6 @@ class Trainer:
             attention="sparse" if plan.attention == "sparse" else "dense",
             keep=("routing", "mtp") if self.model.mtp else ("routing",),
         ).routing  # fmt: skip
-
-    def clip(self) -> float:
-        """Bound the gradients' norm, the indexers' apart: they have a loss of their own. Returns the main norm."""
-        own, rest = [], []
-        for name, p in self.master.named_parameters():
-            if p.grad is not None:
-                (own if ".indexer." in name else rest).append(p)
-        norms = [torch.nn.utils.clip_grad_norm_(part, CLIP_NORM).item() for part in (rest, own) if part]
-        return norms[0]
 
     def go_back(self, loss: float) -> bool:
         """After a spike: return to the last checkpoint safely before it and route ahead for a while. False: go on.
@@ -431,58 +421,6 @@ class Trainer:
         if plan.seq_len not in self.macs:
             self.macs[plan.seq_len] = sum(training_macs(self.recipe.config, plan.seq_len).values())
         return 2 * self.macs[plan.seq_len] * plan.rows
-
-
-# ---- parts of a step ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def balance_experts(
-    model: Transformer, routing: dict[int, Tensor], real_BT: Tensor | None = None, speed: float = BIAS_SPEED
-) -> None:
-    """Raise the choosing bias of experts that got less than the mean load in this batch, lower it for the others.
-
-    Args:
-        routing: layer -> int64 (B, T, K) experts; layers from `num_hidden_layers` on are MTP blocks. Layers without a
-            bias (hash-routed ones) are left alone.
-        real_BT: bool, False at padding, which is no load.
-    """
-    for layer, chosen in routing.items():
-        bias = gate_of(model, layer).bias
-        if isinstance(bias, Tensor):
-            counted = chosen if real_BT is None else chosen[real_BT]
-            load = torch.bincount(counted.flatten(), minlength=len(bias)).float()
-            bias += speed * (load.mean() - load).sign()
-
-
-def gate_of(model: Transformer, layer: int) -> Any:
-    """The gate of a layer, main or MTP."""
-    first_mtp = model.config.num_hidden_layers
-    block = f"layers.{layer}" if layer < first_mtp else f"mtp.{layer - first_mtp}"
-    return model.get_submodule(f"{block}.ffn.gate")
-
-
-def is_hashed(model: Transformer, layer: int) -> bool:
-    return gate_of(model, layer).tid2eid is not None
-
-
-def expert_balance(routing: dict[int, Tensor], experts: int) -> float | None:
-    """Load of the busiest expert over the mean load, averaged over layers; 1 is even."""
-    if not routing:
-        return None
-    loads = [torch.bincount(chosen.flatten(), minlength=experts).float() for chosen in routing.values()]
-    return fmean(float(load.max() / load.mean()) for load in loads)
-
-
-def indexer_figures(features: Features) -> dict[str, float]:
-    """Index loss and recall, averaged over the layers that have them."""
-    parts = list(features.index_loss.values())
-    figures = {"index_loss": fmean(part.mean.item() for part in parts)}
-    measured = [part.recall for part in parts if int(part.recall.queries)]
-    if measured:
-        figures["index_recall"] = fmean(recall.mean.item() for recall in measured)
-        figures["index_chance"] = fmean(recall.mean_chance.item() for recall in measured)
-    return figures
 
 
 # ---- after the loop -------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ Source: DeepSeek-V4 report, section 5.2.1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from longreach.model.transformer import Transformer
 from longreach.ops.quant import fp4_weight_decode, fp8_weight_decode
 
 FORMATS = ("plain", "fp8", "fp8-fp4")
+CLIP_NORM = 1.0
 
 
 class WorkingCopy:
@@ -104,3 +107,29 @@ def frozen_but_indexer(model: nn.Module) -> None:
 def unfrozen(model: nn.Module) -> None:
     for p in model.parameters():
         p.requires_grad_(True)
+
+
+def clip_gradients(model: nn.Module, norm: float = CLIP_NORM) -> float:
+    """Bound the gradients' norm, the indexers' apart: they have a loss of their own. Returns the main norm before."""
+    own, rest = [], []
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            (own if ".indexer." in name else rest).append(p)
+    norms = [torch.nn.utils.clip_grad_norm_(part, norm).item() for part in (rest, own) if part]
+    return norms[0] if norms else 0.0
+
+
+def sharing(model: Transformer, **changes: Any) -> Transformer:
+    """A model of another configuration whose weights are those of `model`, in the same memory.
+
+    Args:
+        changes: config fields that change no shape, such as `arithmetic="invariant"`.
+    """
+    twin = Transformer(model.config.replace(**changes), dtype=model.dtype, device="meta")
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner)._parameters[leaf] = parameter
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner)._buffers[leaf] = buffer
+    return twin

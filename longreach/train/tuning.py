@@ -1,0 +1,297 @@
+"""What every command that goes on from a trained model shares: options, run directory, weights that learn, checkpoints.
+
+    settings = settle(options, DEFAULTS, saved)                  what was given, what the run began with, or the default
+    tuning = Tuning.begin("sft", options, settings, saved)       model and tokenizer of RUN, optimizer, a new run directory
+    while tuning.step < steps and not stop.asked:
+        loss.backward()
+        norm = tuning.update(features.routing, real_BT)          clip, step, balance the router, count
+        tuning.write({"loss": …})
+        if tuning.is_due: tuning.save({"feed": …})               weights, optimizer, random state, and what the loop adds
+
+A run that was killed goes on from its last checkpoint: `Tuning.begin` with `--resume` puts everything back, and `extra` is
+what the loop had given to `save`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from longreach.checkpoint.load import load_model
+from longreach.checkpoint.save import save_model
+from longreach.errors import RequestError
+from longreach.model.transformer import Transformer
+from longreach.optim.hybrid import HybridOptimizer, make_optimizers
+from longreach.rundir import RunDirectory, find_model
+from longreach.runtime import choose_device, log, seed_everything, set_threads
+from longreach.tokenizer.bpe import Tokenizer
+from longreach.train.balance import balance_experts
+from longreach.train.mirror import Mirror, open_mirror
+from longreach.train.state import newest_state, save_state
+from longreach.train.working import clip_gradients, sharing, working_copy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """Options of every command that trains on from a run. None means: not given; `settle` fills it in."""
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    """Run or checkpoint directory to start from. With --resume it may be left out."""
+    out: Path
+    """Run directory to make, or with --resume to go on with."""
+    steps: int | None = None
+    """Stop after this many steps."""
+    minutes: float | None = None
+    """Stop after about this long."""
+    lr: float | None = None
+    """Peak learning rate."""
+    optimizer: Literal["muon", "adamw"] | None = None
+    """muon (default; AdamW keeps embedding, head and vectors) or adamw for everything."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of forward and backward (default float32); the weights that learn are float32 in either."""
+    qat: Literal["plain", "fp8", "fp8-fp4"] | None = None
+    """Train for weights stored in FP8, or FP8 with FP4 experts."""
+    seed: int | None = None
+    """Decides the order of the data and every draw (default 0)."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint, with its own options."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints."""
+    mirror: Literal["none", "tensorboard", "wandb"] = "none"
+    """Send the metrics there as well."""
+    threads: int | None = None
+    """CPU threads (default: one per core that others leave free; a resumed run keeps its number)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """End with one JSON object on stdout."""
+
+
+COMMON: dict[str, Any] = {
+    "lr": None, "optimizer": "muon", "precision": "float32", "qat": "plain", "seed": 0, "checkpoint_every": 20,
+}  # fmt: skip
+"""Defaults that commands share; each adds its own and gives `lr`."""
+
+
+def saved_settings(options: TuningOptions, command: str) -> dict[str, Any]:
+    """What RUN/config.json of a run to be resumed says; empty for a new one.
+
+    Raises:
+        RequestError: --resume and there is no such run, or --out holds something already.
+    """
+    run = RunDirectory(options.out)
+    if not options.resume:
+        run.check_new()
+        if options.run is None:
+            raise RequestError("RUN is missing; give the run or checkpoint directory to start from, or --resume")
+        return {}
+    saved = run.read_config()
+    if saved.get("command") != command:
+        raise RequestError(
+            f"{options.out} is a run of {saved.get('command', 'another command')}, not of {command}; give another --out"
+        )
+    return saved
+
+
+def settle(options: TuningOptions, defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting that decides what is learned: the saved one, the one given, or the default.
+
+    Raises:
+        RequestError: an option given to a resumed run differs from what it began with.
+    """
+    settings = {}
+    for name, default in defaults.items():
+        given = _plain(getattr(options, name))
+        if saved and name in saved:
+            if given is not None and given != saved[name]:
+                flag = "--" + name.replace("_", "-")
+                raise RequestError(
+                    f"{flag} {given} differs from this run's {saved[name]}; leave it out, a resumed run keeps its own"
+                )
+            settings[name] = saved[name]
+        else:
+            settings[name] = default if given is None else given
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, so that given and saved can be compared."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return value
+
+
+class Tuning:
+    """One sitting of a run that trains on.
+
+    Attributes:
+        run: its directory.
+        source: directory of the weights it began with.
+        master: the float32 weights that learn; `model`: the one that computes with them (the same, or a rounded copy).
+        step, seconds: done so far, over all sittings.
+        extra: what the loop had saved, in a resumed run; else empty.
+    """
+
+    def __init__(self, run: RunDirectory, source: Path, master: Transformer, tokenizer: Tokenizer,
+                 settings: Mapping[str, Any], device: torch.device) -> None:  # fmt: skip
+        self.run, self.source, self.master, self.tokenizer, self.device = run, source, master, tokenizer, device
+        self.settings = settings
+        dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
+        self.working = working_copy(master, dtype, settings["qat"])
+        self.model = self.working.model if self.working else master
+        self.optimizer: HybridOptimizer = make_optimizers(master, settings["lr"], kind=settings["optimizer"])
+        self.step, self.seconds = 0, 0.0
+        self.extra: dict[str, Any] = {}
+        self.mirror: Mirror = Mirror()
+        self._clock = time.perf_counter()
+        self.refresh()
+
+    @classmethod
+    def begin(cls, command: str, options: TuningOptions, settings: dict[str, Any], saved: dict[str, Any],
+              record: Mapping[str, Any] | None = None) -> Tuning:  # fmt: skip
+        """Open the run: a new one from RUN's model, or one to be gone on with, exactly where it was saved.
+
+        Args:
+            settings: of `settle`; they stand in RUN/config.json.
+            record: what else is to stand there.
+
+        Raises:
+            RequestError, CheckpointError: no model, no tokenizer, a setting that makes no sense.
+        """
+        if not 0 <= settings["lr"] < 1:
+            raise RequestError(f"--lr {settings['lr']:g} must be from 0 to below 1")
+        if settings["checkpoint_every"] < 1:
+            raise RequestError(f"--checkpoint-every {settings['checkpoint_every']} must be at least 1")
+        check_length(options)
+        run, device = RunDirectory(options.out), choose_device(options.device)
+        threads = set_threads(saved.get("threads") if options.threads is None else options.threads, watch_s=1.0)
+        source = Path(saved["source"]) if saved else find_model(options.run or "")
+        seed_everything(settings["seed"])
+        state = newest_state(run.state_dir) if saved and run.state_dir.is_dir() else None
+        tokenizer = Tokenizer.load(run.tokenizer_path if saved else source)
+        master = load_model(source, dtype=torch.float32, device=device.value)
+        tuning = cls(run, source, master, tokenizer, settings, device.value)
+        if saved:
+            if state is not None:
+                tuning.restore(state)
+            run.drop_metrics_after(tuning.step)
+        config = {"command": command, **settings, **(record or {}), "source": str(source), "steps": options.steps,
+                  "minutes": options.minutes, "threads": threads.value}  # fmt: skip
+        if saved:
+            run.write_config({**saved, **{name: config[name] for name in ("steps", "minutes", "threads")}})
+        else:
+            run.create(config)
+            run.state_dir.mkdir(exist_ok=True)
+            tokenizer.save(run.tokenizer_path)
+            tuning.save({})  # a run killed before its first checkpoint begins again from here
+        tuning.mirror = open_mirror(options.mirror, run, config)
+        for label, choice in (("device", device), ("threads", threads)):
+            log.info("%-10s %s", label, choice)
+        log.info("%-10s %s, %s weights learn at %g with %s", "model", source,
+                 f"{sum(p.numel() for p in master.parameters() if p.requires_grad):,}", settings["lr"],
+                 settings["optimizer"])  # fmt: skip
+        if tuning.step:
+            log.info("%-10s from step %d", "resumed", tuning.step)
+        tuning._clock = time.perf_counter()
+        return tuning
+
+    # ---- a step -------------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Of the weights: steps done."""
+        return self.step
+
+    def refresh(self) -> None:
+        """Make the computing weights follow the learning ones."""
+        if self.working:
+            self.working.refresh()
+
+    def rollout_model(self) -> Transformer:
+        """The computing weights in invariant arithmetic, for an engine: what it draws depends on no company. Call the
+        engine's `weights_changed()` after each update."""
+        return sharing(self.model, arithmetic="invariant").eval()
+
+    def update(self, routing: Mapping[int, Tensor] | None = None, real_BT: Tensor | None = None, *,
+               lr_factor: float = 1.0, bias_speed: float = 0.001) -> float:  # fmt: skip
+        """Take the gradients that are there as one step; returns their norm before clipping.
+
+        Args:
+            routing: experts chosen in this step's batch, for the router's balance; None leaves the biases as they are.
+            real_BT: which positions count.
+        """
+        if self.working:
+            self.working.hand_gradients()
+        norm = clip_gradients(self.master)
+        self.optimizer.scale_lr(lr_factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if routing:
+            balance_experts(self.master, dict(routing), real_BT, bias_speed)
+        self.refresh()
+        self.step += 1
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+        return norm
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, with step and seconds."""
+        line = {"step": self.step, **record, "seconds": self.seconds}
+        self.run.append_metrics(line)
+        self.mirror.log(line)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this step is one of the regular checkpoints."""
+        return self.step % self.settings["checkpoint_every"] == 0
+
+    def save(self, extra: Mapping[str, Any]) -> None:
+        """Save all there is to go on from, and the model to use."""
+        state = {
+            "model": self.master.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(), "step": self.step, "seconds": self.seconds, "extra": dict(extra),
+        }  # fmt: skip
+        save_state(self.run.state_dir, self.step, state, self.settings["checkpoint_every"])
+        save_model(self.master, self.run.model_dir, weight_format=self.settings["qat"], tokenizer=self.tokenizer)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand exactly where the state was saved."""
+        self.master.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.step, self.seconds, self.extra = state["step"], state["seconds"], dict(state["extra"])
+        self.refresh()
+
+
+def check_length(options: TuningOptions) -> None:
+    """Refuse a length that is none.
+
+    Raises:
+        RequestError: --steps or --minutes that make no sense, or both.
+    """
+    if options.steps is not None and options.minutes is not None:
+        raise RequestError("--steps and --minutes exclude each other; give one")
+    if options.steps is not None and options.steps < 1:
+        raise RequestError(f"--steps {options.steps} must be at least 1")
+    if options.minutes is not None and not options.minutes > 0:
+        raise RequestError(f"--minutes {options.minutes:g} must be above 0")
+
+
+def settings_of(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass as plain JSON values."""
+    return {f.name: _plain(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
