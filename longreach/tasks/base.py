@@ -165,3 +165,62 @@ def _listed(task: Task, split: Split, seed: int, index: int) -> Problem:
     order = list(range(len(chosen)))
     random.Random(f"{seed}/{turn}").shuffle(order)
     return chosen[order[place]]
+
+
+class GeneratedTask:
+    """What tasks that draw their problems have in common: `--task NAME[:level=2][:level=1-3]`, and no world.
+
+    A subclass sets `kind`, `domain`, `summary` and `all_levels`, defines `make`, `verify` and, where it can, `demonstrate`.
+    """
+
+    kind: str
+    domain: str
+    summary: str
+    all_levels: Sequence[int]
+    size: int | None = None
+
+    def __init__(self, options: Mapping[str, str]) -> None:
+        unknown = sorted(set(options) - {"level", *self.more_options()})
+        if unknown:
+            allowed = ", ".join(["level", *self.more_options()])
+            raise RequestError(f"task {self.kind} has no option {unknown[0]!r}; its options are {allowed}")
+        self.levels = read_levels(self.kind, options.get("level"), self.all_levels)
+        self.name = self.kind + "".join(f":{key}={value}" for key, value in sorted(options.items()))
+
+    @classmethod
+    def more_options(cls) -> Sequence[str]:
+        """Names of options beside `level`."""
+        return ()
+
+    def draw(self, rng: random.Random, level: int | None = None) -> Problem:
+        return self.make(rng, level if level is not None else rng.choice(list(self.levels)))
+
+    def make(self, rng: random.Random, level: int) -> Problem:
+        """Any problem of this level."""
+        raise NotImplementedError
+
+    def demonstrate(self, problem: Problem, mode: Mode, rng: random.Random) -> tuple[Message, ...]:
+        raise RequestError(
+            f"task {self.name} has no worked solutions to learn from; it can be used for rewards and scores"
+        )
+
+    def environment(self, problem: Problem) -> Environment | None:
+        return None
+
+
+def read_levels(kind: str, given: str | None, allowed: Sequence[int]) -> list[int]:
+    """`2`, `1-3` or nothing (all) as levels.
+
+    Raises:
+        RequestError: not one of `allowed`.
+    """
+    if given is None:
+        return list(allowed)
+    first, _, last = given.partition("-")
+    if first.isdecimal() and (last or first).isdecimal():
+        levels = list(range(int(first), int(last or first) + 1))
+        if levels and set(levels) <= set(allowed):
+            return levels
+    raise RequestError(
+        f"task {kind} has no level {given!r}; give one of {allowed[0]} to {allowed[-1]}, or a range like 1-2"
+    )
