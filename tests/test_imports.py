@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": BASE,
     "chat": BASE | {"tokenizer"},
     # services: independent of one another
-    "data": BASE | {"tokenizer"},
+    "data": BASE | {"chat", "tokenizer"},
     "optim": {"errors"},
     "checkpoint": BASE | {"model", "ops"},
     "engine": BASE | {"checkpoint", "model", "native", "ops", "tokenizer"},

@@ -57,9 +57,9 @@ def folder_of(name: str, options: ExperimentOptions) -> Path:
     return options.out or Path("runs/experiments") / name
 
 
-def command_of(name: str, options: ExperimentOptions) -> str:
+def command_of(name: str, options: ExperimentOptions, verb: str = "experiment") -> str:
     """The command line that asks for this study with these options, whatever the sitting."""
-    words = [f"longreach experiment {name}"]
+    words = [f"longreach {verb} {name}"]
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
         if f.name not in ("budget", "json") and value != f.default:
@@ -249,8 +249,17 @@ class Outcome:
     """The command a reader may type next."""
 
 
-def run_study(name: str, question: str, study: Callable[[Any, Ledger], Outcome], options: ExperimentOptions) -> int:
+def run_study(
+    name: str,
+    question: str,
+    study: Callable[[Any, Ledger], Outcome],
+    options: ExperimentOptions,
+    verb: str = "experiment",
+) -> int:
     """Run a study to its conclusion, or as far as the budget goes; returns the exit code.
+
+    Args:
+        verb: the first word of its command.
 
     Raises:
         RequestError: an option out of range, or results that cannot be read or written.
@@ -271,7 +280,7 @@ def run_study(name: str, question: str, study: Callable[[Any, Ledger], Outcome],
     log.info("question   %s", question)
     log.info("threads    %s", set_threads(options.threads))
     log.info("results    %s", ledger.path)
-    again = command_of(name, options)
+    again = command_of(name, options, verb)
     try:
         outcome = study(options, ledger)
     except BudgetSpent:

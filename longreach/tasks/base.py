@@ -98,6 +98,9 @@ class Environment(Protocol):
 class Task(Protocol):
     """A source of problems and their judge. Has no state: every method is a function of its arguments.
 
+    A judge that runs programs, or may take long, sets the class attribute `judged_apart = True`: `verify` is then asked in a
+    process of its own, under a time limit (`evaluate.judging`, which says who else is asked there). Its task must pickle.
+
     Attributes:
         name: as in `--task`, options included.
         domain: mathematics, code, science, agentic, long-context, instructions, or what a user's file says.

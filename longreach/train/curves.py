@@ -50,6 +50,16 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("loss", "Loss", "nats per token"),
+    Panel("reward", "Reward", "mean of a step's attempts"),
+    Panel("accuracy", "Accuracy: attempts in training", "share that is right"),
+    Panel("eval_accuracy", "Held-out accuracy: problems no training sees", "share that is right", smooth=False),
+    Panel("length", "Length", "tokens written per attempt"),
+    Panel("entropy", "Entropy", "nats per token"),
+    Panel("kl", "KL to the reference", "nats per token"),
+    Panel("ratio_max", "Ratio: largest of a token", "new over old probability"),
+    Panel("clip_share", "Clipped tokens", "share"),
+    Panel("useless_groups", "Useless groups", "share whose rewards are all equal"),
+    Panel("truncated", "Cut off", "share of attempts"),
     Panel("mtp_loss", "MTP loss: the token after the next", "nats per token"),
     Panel("index_loss", "Indexer loss", "nats"),
     Panel("index_recall", "Indexer recall", "fraction"),
@@ -57,6 +67,8 @@ PANELS = (
     Panel("lr", "Learning rate", "", smooth=False),
     Panel("grad_norm", "Gradient norm", "before clipping"),
     Panel("tokens_per_s", "Speed", "tokens/s"),
+    Panel("rollout_tokens_per_s", "Speed: attempts", "tokens written/s"),
+    Panel("update_tokens_per_s", "Speed: updates", "tokens/s"),
 )
 VALIDATION = "val_loss"
 """Drawn as dots in the panel of `loss`."""

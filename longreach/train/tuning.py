@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -28,6 +28,7 @@ from torch import Tensor
 from longreach.checkpoint.load import load_model
 from longreach.checkpoint.save import save_model
 from longreach.errors import RequestError
+from longreach.model.config import ModelConfig
 from longreach.model.transformer import Transformer
 from longreach.optim.hybrid import HybridOptimizer, make_optimizers
 from longreach.rundir import RunDirectory, find_model
@@ -35,8 +36,12 @@ from longreach.runtime import choose_device, log, seed_everything, set_threads
 from longreach.tokenizer.bpe import Tokenizer
 from longreach.train.balance import balance_experts
 from longreach.train.mirror import Mirror, open_mirror
-from longreach.train.state import newest_state, save_state
+from longreach.train.state import newest_state, save_state, state_files
 from longreach.train.working import clip_gradients, sharing, working_copy
+
+Several = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
+"""Of an option that takes one or several texts and may be repeated: `--task a b` and `--task a --task b` are the same. The
+default is (), which `settle` takes as not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,11 @@ COMMON: dict[str, Any] = {
 """Defaults that commands share; each adds its own and gives `lr`."""
 
 
-def saved_settings(options: TuningOptions, command: str) -> dict[str, Any]:
+def saved_settings(options: TuningOptions, command: str, needs_run: bool = True) -> dict[str, Any]:
     """What RUN/config.json of a run to be resumed says; empty for a new one.
+
+    Args:
+        needs_run: a new run starts from RUN; otherwise it may be left out.
 
     Raises:
         RequestError: --resume and there is no such run, or --out holds something already.
@@ -90,7 +98,7 @@ def saved_settings(options: TuningOptions, command: str) -> dict[str, Any]:
     run = RunDirectory(options.out)
     if not options.resume:
         run.check_new()
-        if options.run is None:
+        if options.run is None and needs_run:
             raise RequestError("RUN is missing; give the run or checkpoint directory to start from, or --resume")
         return {}
     saved = run.read_config()
@@ -109,7 +117,7 @@ def settle(options: TuningOptions, defaults: Mapping[str, Any], saved: Mapping[s
     """
     settings = {}
     for name, default in defaults.items():
-        given = _plain(getattr(options, name))
+        given = _given(getattr(options, name))
         if saved and name in saved:
             if given is not None and given != saved[name]:
                 flag = "--" + name.replace("_", "-")
@@ -122,6 +130,14 @@ def settle(options: TuningOptions, defaults: Mapping[str, Any], saved: Mapping[s
     return settings
 
 
+def _given(value: Any) -> Any:
+    """What was given, as JSON gives it back; None for nothing. The parts of a `Several` stand in one list."""
+    plain = _plain(value)
+    if isinstance(plain, list):
+        return [one for part in plain for one in (part if isinstance(part, list) else [part])] or None
+    return plain
+
+
 def _plain(value: Any) -> Any:
     """As JSON gives it back, so that given and saved can be compared."""
     if isinstance(value, Path):
@@ -131,6 +147,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     return value
+
+
+class NewModel(NamedTuple):
+    """A model from nothing, for studies that need no pretraining."""
+
+    name: str
+    """Of the preset."""
+    config: ModelConfig
+    tokenizer: Tokenizer
 
 
 class Tuning:
@@ -160,12 +185,13 @@ class Tuning:
 
     @classmethod
     def begin(cls, command: str, options: TuningOptions, settings: dict[str, Any], saved: dict[str, Any],
-              record: Mapping[str, Any] | None = None) -> Tuning:  # fmt: skip
+              record: Mapping[str, Any] | None = None, new: NewModel | None = None) -> Tuning:  # fmt: skip
         """Open the run: a new one from RUN's model, or one to be gone on with, exactly where it was saved.
 
         Args:
             settings: of `settle`; they stand in RUN/config.json.
             record: what else is to stand there.
+            new: begin with this untrained model instead of RUN's; the same one when the run is resumed.
 
         Raises:
             RequestError, CheckpointError: no model, no tokenizer, a setting that makes no sense.
@@ -177,11 +203,16 @@ class Tuning:
         check_length(options)
         run, device = RunDirectory(options.out), choose_device(options.device)
         threads = set_threads(saved.get("threads") if options.threads is None else options.threads, watch_s=1.0)
-        source = Path(saved["source"]) if saved else find_model(options.run or "")
         seed_everything(settings["seed"])
-        state = newest_state(run.state_dir) if saved and run.state_dir.is_dir() else None
-        tokenizer = Tokenizer.load(run.tokenizer_path if saved else source)
-        master = load_model(source, dtype=torch.float32, device=device.value)
+        # A run killed before its first checkpoint has none, and perhaps no tokenizer of its own: it begins again.
+        state = newest_state(run.state_dir) if saved and state_files(run.state_dir) else None
+        if new is not None:
+            source, tokenizer = Path(f"preset {new.name}"), new.tokenizer
+            master = Transformer(new.config, device=device.value, seed=settings["seed"])
+        else:
+            source = Path(saved["source"]) if saved else find_model(options.run or "")
+            tokenizer = Tokenizer.load(run.tokenizer_path if run.tokenizer_path.is_file() else source)
+            master = load_model(source, dtype=torch.float32, device=device.value)
         tuning = cls(run, source, master, tokenizer, settings, device.value)
         if saved:
             if state is not None:
@@ -193,9 +224,10 @@ class Tuning:
             run.write_config({**saved, **{name: config[name] for name in ("steps", "minutes", "threads")}})
         else:
             run.create(config)
+        if state is None:
             run.state_dir.mkdir(exist_ok=True)
             tokenizer.save(run.tokenizer_path)
-            tuning.save({})  # a run killed before its first checkpoint begins again from here
+            tuning.save({})
         tuning.mirror = open_mirror(options.mirror, run, config)
         for label, choice in (("device", device), ("threads", threads)):
             log.info("%-10s %s", label, choice)
@@ -225,12 +257,13 @@ class Tuning:
         return sharing(self.model, arithmetic="invariant").eval()
 
     def update(self, routing: Mapping[int, Tensor] | None = None, real_BT: Tensor | None = None, *,
-               lr_factor: float = 1.0, bias_speed: float = 0.001) -> float:  # fmt: skip
+               lr_factor: float = 1.0, bias_speed: float = 0.001, ends_step: bool = True) -> float:  # fmt: skip
         """Take the gradients that are there as one step; returns their norm before clipping.
 
         Args:
             routing: experts chosen in this step's batch, for the router's balance; None leaves the biases as they are.
             real_BT: which positions count.
+            ends_step: False where more updates follow that belong to the same step.
         """
         if self.working:
             self.working.hand_gradients()
@@ -241,11 +274,16 @@ class Tuning:
         if routing:
             balance_experts(self.master, dict(routing), real_BT, bias_speed)
         self.refresh()
+        if ends_step:
+            self.end_step()
+        return norm
+
+    def end_step(self) -> None:
+        """Count a step and its time. `update` does, so this is for steps that had nothing to learn from."""
         self.step += 1
         now = time.perf_counter()
         self.seconds += now - self._clock
         self._clock = now
-        return norm
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, with step and seconds."""

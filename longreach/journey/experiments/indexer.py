@@ -42,11 +42,11 @@ from longreach.model.transformer import Transformer
 from longreach.ops.index_loss import Recall
 from longreach.optim.hybrid import make_optimizers
 from longreach.runtime import log, seed_everything
+from longreach.train.balance import balance_experts
 from longreach.train.losses import mean_loss
-from longreach.train.pretrain import CLIP_NORM, balance_experts
 from longreach.train.recipe import PEAK_LR_AT_128
 from longreach.train.schedule import learning_rate
-from longreach.train.working import frozen_but_indexer, unfrozen
+from longreach.train.working import CLIP_NORM, frozen_but_indexer, unfrozen
 
 TARGET = 0.9
 ROWS_AT_ONCE = 64

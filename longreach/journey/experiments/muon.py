@@ -43,10 +43,11 @@ from longreach.optim.groups import Kind
 from longreach.optim.hybrid import make_optimizers
 from longreach.runtime import log, seed_everything
 from longreach.tokenizer.bpe import Tokenizer
+from longreach.train.balance import balance_experts
 from longreach.train.losses import mean_loss, summed_loss
-from longreach.train.pretrain import CLIP_NORM, balance_experts
 from longreach.train.recipe import PEAK_LR_AT_128
 from longreach.train.schedule import learning_rate
+from longreach.train.working import CLIP_NORM
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Lengths of Muon's runs, of AdamW's; the search begins in the middle."""
