@@ -47,6 +47,14 @@ COMMANDS: dict[str, Command] = {
     "train-indexer": Command(
         "longreach.train.train_indexer", "TrainIndexerOptions", "train the indexers of a checkpoint, nothing else"
     ),
+    "sft": Command("longreach.train.sft", "SFTOptions", "teach a model by examples: conversations, or solved tasks"),
+    "grpo": Command("longreach.train.grpo", "GRPOOptions", "teach a model by rewards: its own attempts at tasks, judged"),
+    "distill": Command("longreach.train.distill", "DistillOptions", "merge experts: a student learns on its own samples"),
+    "average": Command("longreach.train.average", "AverageOptions", "average the weights of several runs"),
+    "samples": Command("longreach.train.samples", "SamplesOptions", "read what a model wrote while it was trained"),
+    "tasks list": Command("longreach.tasks.tasks_command", "TasksOptions", "the tasks there are"),
+    "tasks show": Command("longreach.tasks.tasks_command", "ShowOptions", "problems of a task, solved", "show"),
+    "evaluate": Command("longreach.evaluate.evaluate_command", "EvaluateOptions", "score a model on held-out problems"),
     "plot": Command("longreach.train.plot", "PlotOptions", "draw the curves of one or several runs"),
     "generate": Command("longreach.generate", "GenerateOptions", "continue a prompt, token by token"),
     "chat": Command("longreach.terminal", "ChatOptions", "talk with a model in the terminal"),
@@ -85,6 +93,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench serve": Command(
         "longreach.bench.serve", "ServeBenchOptions", "the server under many clients, and whether it loses anything"
+    ),
+    "bench post-training": Command(
+        "longreach.journey.post_training", "PostTrainingOptions", "what rewards and teachers are worth at laptop size"
     ),
     "bench cache": Command("longreach.bench.cache", "CacheBenchOptions", "what each storage precision costs and saves"),
 }

@@ -29,6 +29,12 @@ class Sums(GeneratedTask):
         return RIGHT if said == str(problem.answer) else wrong(f"{said} is not {problem.answer}")
 
 
+class SumsApart(Sums):
+    """The same, judged in a process of its own."""
+
+    judged_apart = True
+
+
 class Shelf:
     """The world of `Boxes`: a counter that tools change."""
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,8 +36,8 @@ from longreach.tasks.base import RIGHT, problem_at
 from longreach.tasks.registry import open_task
 from longreach.tokenizer.bpe import Tokenizer
 from longreach.train import distill
-from longreach.train.distill import DEFAULTS, Distillation, DistillOptions, Plan, main, token_level_loss
-from longreach.train.kept import kept_share, load_scores, save_scores
+from longreach.train.distill import Distillation, DistillOptions, Plan, defaults, main, planned_steps, token_level_loss
+from longreach.train.kept import Exam, kept_share, load_scores, save_scores
 from longreach.train.rollout import read_samples, rollout_digest
 from longreach.train.sft import learned_targets
 from longreach.train.teachers import Teachers, by_teacher
@@ -37,6 +45,7 @@ from longreach.train.tuning import Tuning, settle
 
 TOKENIZER = make_tokenizer()
 CONFIG = ModelConfig.preset("micro").replace(vocab_size=TOKENIZER.vocab_size, max_position_embeddings=1024)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 MATH, SCIENCE = "arithmetic:level=1", "science:level=1"
 
 
@@ -68,7 +77,7 @@ def options(runs: Path, out: Path, **changes) -> DistillOptions:
 
 
 def records(out: Path) -> list[dict]:
-    return [record for record in RunDirectory(out).read_metrics() if "kl" in record]
+    return [record for record in RunDirectory(out).read_metrics() if "divergence" in record]
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -99,7 +108,7 @@ def made_up_samples() -> list[Sample]:
 def begun(runs: Path, out: Path, **changes) -> Distillation:
     """A run that is set up and has done nothing."""
     asked = options(runs, out, **changes)
-    settings = settle(asked, DEFAULTS, {})
+    settings = settle(asked, defaults(asked, {}), {})
     plan = Plan.of(settings)
     teachers = Teachers(plan.runs, student=runs / "student", tokenizer=TOKENIZER, vocab_size=CONFIG.vocab_size,
                         resident=settings["resident"])  # fmt: skip
@@ -133,8 +142,8 @@ def test_loss_and_gradients_of_the_whole_model_are_those_of_plain_logits(runs, t
     loss.backward()
 
     assert record["loss"] == pytest.approx(loss.item(), abs=1e-5) and loss > 0.1
-    assert record["kl/mathematics"] == pytest.approx(sum(divergence[MATH]) / 16, abs=1e-5)
-    assert record["kl/science"] == pytest.approx(sum(divergence[SCIENCE]) / 44, abs=1e-5)
+    assert record["divergence_mathematics"] == pytest.approx(sum(divergence[MATH]) / 16, abs=1e-5)
+    assert record["divergence_science"] == pytest.approx(sum(divergence[SCIENCE]) / 44, abs=1e-5)
     assert record["written_tokens"] == 60
     found = dict(distillation.tuning.model.named_parameters())
     largest = max(p.grad.abs().max().item() for p in student.parameters() if p.grad is not None)
@@ -178,7 +187,7 @@ def test_both_methods_report_the_same_divergence_on_average(runs, tmp_path):
     kl = {}
     for method in ("full", "token"):
         main(options(runs, tmp_path / method, method=method, steps=1, problems=24))
-        kl[method] = records(tmp_path / method)[0]["kl"]
+        kl[method] = records(tmp_path / method)[0]["divergence"]
     assert rollout_digest(tmp_path / "full") == rollout_digest(tmp_path / "token")
     assert kl["full"] > 0.1
     assert kl["token"] == pytest.approx(kl["full"], rel=0.35)
@@ -187,17 +196,16 @@ def test_both_methods_report_the_same_divergence_on_average(runs, tmp_path):
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-def test_learning_lowers_the_divergence_from_a_fixed_teacher_step_by_step(runs, tmp_path):
+def test_learning_lowers_the_divergence_from_a_fixed_teacher(runs, tmp_path):
     main(
         options(
             runs, tmp_path / "out", teacher=((f"mathematics={runs / 'math'}",),), task=((MATH,),), steps=8, problems=8,
-            lr=0.02,
+            lr=0.005,
         )
     )  # fmt: skip
-    kl = [record["kl"] for record in records(tmp_path / "out")]
+    kl = [record["divergence"] for record in records(tmp_path / "out")]
     assert len(kl) == 8
-    assert all(later < earlier for earlier, later in zip(kl, kl[1:], strict=False)), kl
-    assert kl[-1] < 0.8 * kl[0], kl
+    assert max(kl[4:]) < min(kl[:2]) and kl[-1] < 0.9 * kl[0], kl
 
 
 def test_each_head_is_loaded_once_a_step_and_no_more_bodies_than_asked_for_stay(runs, tmp_path):
@@ -241,7 +249,7 @@ def test_a_teacher_may_have_another_width_depth_and_an_mtp_block(runs, tmp_path)
     )
     saved(tmp_path / "wide", 5, config=wide)
     main(options(runs, tmp_path / "out", teacher=((f"mathematics={tmp_path / 'wide'}",),), task=((MATH,),), steps=1))
-    assert records(tmp_path / "out")[0]["kl"] > 0
+    assert records(tmp_path / "out")[0]["divergence"] > 0
 
 
 def test_a_students_mtp_block_and_indexers_learn_along(tmp_path, runs):
@@ -257,10 +265,9 @@ def test_a_students_mtp_block_and_indexers_learn_along(tmp_path, runs):
 
 
 def test_several_tasks_of_a_domain_share_its_teacher_and_a_kind_goes_before_a_domain(runs):
-    settings = settle(
-        options(runs, Path("out"), teacher=(("science=a", "arithmetic=b", "mathematics=c"),), task=((SCIENCE,), (MATH,))),
-        DEFAULTS, {},
-    )  # fmt: skip
+    teachers = ("science=a", "arithmetic=b", "mathematics=c")
+    asked = options(runs, Path("out"), teacher=(teachers,), task=((SCIENCE,), (MATH,)))
+    settings = settle(asked, defaults(asked, {}), {})
     with pytest.raises(RequestError, match="--teacher mathematics=c has nothing to teach"):
         Plan.of(settings)
     settings["teacher"] = ["science=a", "arithmetic=b"]
@@ -282,7 +289,7 @@ def test_modes_and_shares_decide_what_is_asked(runs, tmp_path):
     assert sum(one["task"] == MATH for one in samples) == 12
     assert {(one["mode"], one["window"]) for one in samples} == {("non-think", 32), ("think-high", 48)}
     record = records(tmp_path / "out")[0]
-    assert record["samples"] == 16 and record["accuracy"] == 0.0 and record["length/non-think"] < 32
+    assert record["samples"] == 16 and record["accuracy"] == 0.0 and record["length_non-think"] < 32
 
 
 # ---- crashes --------------------------------------------------------------------------------------------------------
@@ -333,8 +340,6 @@ def uninterrupted(runs, tmp_path_factory) -> Path:
 def test_a_run_that_was_interrupted_anywhere_ends_with_the_same_samples_and_weights(
     runs, tmp_path, uninterrupted, where, call, after
 ):
-    import importlib
-
     module, _, path = where.partition(":")
     owner, _, name = path.partition(".")
     with pytest.MonkeyPatch.context() as patch:
@@ -345,12 +350,45 @@ def test_a_run_that_was_interrupted_anywhere_ends_with_the_same_samples_and_weig
     assert rollout_digest(tmp_path / "out") == rollout_digest(uninterrupted)
     one, two = load_model(tmp_path / "out").state_dict(), load_model(uninterrupted).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    drop = {"seconds", "rollout_seconds", "teacher_seconds", "update_seconds", "tokens_per_s", "bodies_loaded"}
+    drop = {"seconds", "bodies_loaded", "tokens_per_s"}
+    drop |= {f"{part}_tokens_per_s" for part in ("rollout", "teacher", "update")}
     drop |= {"heads_loaded"}  # a new process has no head yet
     mine, whole = (
         [{k: v for k, v in r.items() if k not in drop} for r in records(p)] for p in (tmp_path / "out", uninterrupted)
     )
     assert mine == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_run_killed_ten_times_at_random_instants_gives_the_same_samples_and_weights(
+    runs, tmp_path, uninterrupted, seed
+):
+    """SIGKILL, as a power failure would end it; each start goes on where the last one was."""
+    out, pick, kills, code = tmp_path / "out", random.Random(seed), 0, None
+    given = [f"--teacher=mathematics={runs / 'math'}", f"--teacher=science={runs / 'science'}", f"--task={MATH}",
+             f"--task={SCIENCE}", "--problems=4", "--windows=48", "--eval-count=0", "--checkpoint-every=2"]  # fmt: skip
+    program = "import longreach.train.distill, sys; print('ready', flush=True); from longreach.cli import main; sys.exit(main())"
+    while code != 0:
+        begun = (out / "config.json").exists()
+        if out.exists() and not begun:
+            shutil.rmtree(out)  # killed before there was a run
+        start = ["--resume"] if begun else [str(runs / "student"), *given]
+        command = [sys.executable, "-c", program, "distill", *start, f"--out={out}", "--steps=4", "--threads=1"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        if kills < 10:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(pick.uniform(0, 2.0))
+            process.kill()
+        process.stdout.read()
+        code = process.wait()
+        kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL)
+    assert kills >= 5
+    assert rollout_digest(out) == rollout_digest(uninterrupted)
+    one, two = load_model(out).state_dict(), load_model(uninterrupted).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(uninterrupted):
@@ -359,10 +397,20 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(uninterrupte
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_minutes_become_steps_once(runs, tmp_path):
-    main(options(runs, tmp_path / "out", steps=None, minutes=0.1, problems=2, windows="32"))
-    steps = RunDirectory(tmp_path / "out").read_config()["planned_steps"]
-    assert records(tmp_path / "out")[-1]["step"] == steps >= distill.TIMED_STEPS
+def test_minutes_become_steps_once(runs, tmp_path, monkeypatch):
+    """6 s, of which four steps took 3.5, at 0.5 s for each but the slower first: 5 more."""
+    paces = [2.0, 0.5, 0.5, 0.5]
+    tuning = begun(runs, tmp_path / "out").tuning
+    asked = options(runs, tmp_path / "out", steps=None, minutes=0.1)
+    assert planned_steps(asked, tuning, paces[:3]) == 0
+    tuning.step = 4
+    assert planned_steps(asked, tuning, paces) == 9
+    assert RunDirectory(tmp_path / "out").read_config()["planned_steps"] == 9
+    resumed = DistillOptions(out=tmp_path / "out", resume=True)
+    assert planned_steps(resumed, tuning) == 9
+    assert planned_steps(dataclasses.replace(resumed, steps=12), tuning) == 12
+    tuning.seconds = 8.0
+    assert planned_steps(dataclasses.replace(resumed, minutes=0.5), tuning) == 15
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -407,10 +455,25 @@ def test_teachers_and_student_are_scored_on_the_same_held_out_problems_before_an
         ("mathematics", MATH, 3), ("science", SCIENCE, 3),
     ]  # fmt: skip
     kept = load_scores(tmp_path / "out" / "scores.json")
-    assert sorted(kept) == ["mathematics", "science", "student"]
+    assert sorted(kept) == ["mathematics", "science", "step 1", "student"]
+    assert [score.accuracy for score in kept["step 1"]] == [row["after"] for row in figures["scores"]]
     ids = [[result.problem for result in score.results] for score in (kept["mathematics"][0], kept["student"][0])]
     task = open_task(MATH)
     assert ids[0] == ids[1] == [problem_at(task, "held-out", 0, index).id for index in range(3)]
+
+
+def test_a_run_that_was_killed_before_its_last_scores_takes_them_when_resumed(runs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, Exam, "take", 4, False)  # the student and two teachers before, the student after
+        with pytest.raises(Crash):
+            main(options(runs, out, eval_count=2, steps=1))
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    main(DistillOptions(out=out, steps=1, resume=True, device="cpu"))
+    assert "held-out problems" in capsys.readouterr().out
+    assert "step 1" in load_scores(out / "scores.json")
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+    assert len(records(out)) == 1
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -432,7 +495,6 @@ def test_teachers_and_student_are_scored_on_the_same_held_out_problems_before_an
         ({"modes": (("quickly",),)}, "quickly"),
         ({"windows": "4000"}, r"--windows: 4000 tokens are more than the context of .*student.*, 1024"),
         ({"windows": "10.5"}, "a token is not divided"),
-        ({"steps": None}, "say how long to learn"),
         ({"problems": 0}, "--problems 0 must be at least 1"),
         ({"resident": 0}, "--resident 0 must be at least 1"),
         ({"decay": 2.0}, "--decay 2 is a fraction"),
@@ -504,7 +566,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_its_checkpoint(runs, 
         return objective, math.nan if self.tuning.step == 1 else divergence
 
     monkeypatch.setattr(Distillation, "compare", broken)
-    with pytest.raises(RequestError, match=r"the loss became nan at step 2; .* --lr below 0.001"):
+    with pytest.raises(RequestError, match=r"the loss became nan at step 2; .* --lr below 0.004"):
         main(options(runs, tmp_path / "out", checkpoint_every=1))
     weights = load_model(tmp_path / "out").state_dict()
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())

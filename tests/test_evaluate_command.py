@@ -140,8 +140,12 @@ def test_a_part_with_fewer_problems_is_said_to_have_fewer(evaluate, able):
 
 def test_windows_that_are_too_small_are_said_to_be(evaluate):
     said = evaluate("--task sums --mode think-high,think-max --count 4 --window 12")
-    assert "sums, think-max: 4 of 4 prompts leave no room for an answer in the window; give a larger --window" in said.err
-    assert re.search(r"sums, think-high: \d+ % of the answers were cut off by the window, which counts as wrong", said.err)
+    assert (
+        "sums, think-max: 4 of 4 prompts leave no room for an answer in the window; give a larger --window" in said.err
+    )
+    assert re.search(
+        r"sums, think-high: \d+ % of the answers were cut off by the window, which counts as wrong", said.err
+    )
 
 
 def test_the_model_may_grade_itself(evaluate, tmp_path):

@@ -242,7 +242,9 @@ def test_routing_replay_sends_tokens_to_the_experts_they_were_drawn_with_and_tea
 def test_the_scoring_pass_finds_the_log_probabilities_that_the_engine_reported(start, tokenizer):
     model = load_model(start, dtype=torch.float32)
     with EngineSource(model, tokenizer, memory_gib=0.05) as source:
-        turns = [source.engine.submit([1, 2, 30 + n], SamplingParams(max_tokens=6, seed=n, logprobs=0)) for n in range(5)]
+        turns = [
+            source.engine.submit([1, 2, 30 + n], SamplingParams(max_tokens=6, seed=n, logprobs=0)) for n in range(5)
+        ]
         pieces: dict = {id(turn): ([], []) for turn in turns}
         while source.engine.has_work:
             for piece in source.step():
@@ -351,9 +353,9 @@ def test_an_update_by_the_weights_that_drew_has_ratio_one_and_needs_no_scoring_p
     learner = make_policy(load_model(start, dtype=torch.float32))
     assert learner.scoring == ""
     samples = some_samples(tokenizer, 8)
-    learner_rows = lay_out(samples, range(8), row_tokens=4096, device=torch.device("cpu"))
-    record(learner.tuning.model, learner_rows[0], SamplingParams(), WHOLE)
-    told = dict(zip(learner_rows[0].samples, learner_rows[0].old_M.split(learner_rows[0].rows_M.bincount().tolist()), strict=True))
+    [rows] = lay_out(samples, range(8), row_tokens=4096, device=torch.device("cpu"))
+    record(learner.tuning.model, rows, SamplingParams(), WHOLE)
+    told = dict(zip(rows.samples, rows.old_M.split(rows.rows_M.bincount().tolist()), strict=True))
     full = []
     for n, sample in enumerate(samples):
         values = iter(told[n].tolist())
@@ -376,7 +378,9 @@ def test_samples_without_an_advantage_are_not_computed_unless_the_kl_needs_them(
 def test_old_log_probabilities_of_a_server_are_the_servers(tokenizer):
     """Its weights may be older; then bad samples that the policy has left behind are not learned from."""
     model = Transformer(small_config(tokenizer), seed=0)
-    samples = [dataclasses.replace(s, logprobs=[0.0] * len(s.tokens)) for s in some_samples(tokenizer, 8)]  # it was sure
+    samples = [
+        dataclasses.replace(s, logprobs=[0.0] * len(s.tokens)) for s in some_samples(tokenizer, 8)
+    ]  # it was sure
     figures = make_policy(model, is_elsewhere=True, updates=2).learn(samples, torch.tensor([1.0, -1.0] * 4), 2)
     assert figures["masked_samples"] == 8 and figures["ratio_mean"] < 0.1  # the four bad ones, in both updates
     untold = [dataclasses.replace(s, logprobs=None) for s in samples]
@@ -396,7 +400,9 @@ def test_experts_that_padding_went_to_are_no_load(tokenizer):
 def test_long_samples_are_read_with_sparse_attention_and_teach_the_indexers(tokenizer):
     model = Transformer(small_config(tokenizer), seed=0)
     rng = random.Random(0)
-    samples = [drawn([3] * 5, [rng.randrange(512) for _ in range(40 + 9 * n)]) for n in range(4)]  # 8 x 4 tokens are whole
+    samples = [
+        drawn([3] * 5, [rng.randrange(512) for _ in range(40 + 9 * n)]) for n in range(4)
+    ]  # 8 x 4 tokens are whole
     learner = make_policy(model)
     assert learner.covered == 32
     figures = learner.learn(samples, torch.tensor([1.0, -1.0, 0.5, -0.5]), 2)
@@ -410,15 +416,15 @@ def test_long_samples_are_read_with_sparse_attention_and_teach_the_indexers(toke
 
 def test_a_run_learns_to_earn_the_reward_of_a_simple_task(start, tmp_path, capsys):
     out = tmp_path / "rl"
-    given = options(start, out, steps=25, problems=12, group_size=8, lr=2e-3, eval_count=100, json=True)
+    given = options(start, out, steps=15, problems=8, group_size=8, lr=3e-3, eval_count=100, json=True)
     assert main(given) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
     [held_out] = figures["held_out"]
     assert 0.3 < held_out["before"]["accuracy"] < 0.7
     assert held_out["after"]["accuracy"] > 0.9 and held_out["difference"]["low"] > 0.2
-    assert len(records(out)) == 25 and records(out)[-1]["samples"] == 25 * 96
+    assert len(records(out)) == 15 and records(out)[-1]["samples"] == 15 * 64
     assert (out / "plot.html").read_text().count("<svg") >= 6
-    assert len(list(read_samples(out))) == 25 * 96
+    assert len(list(read_samples(out))) == 15 * 64
 
 
 @pytest.fixture(scope="module")
@@ -434,15 +440,15 @@ def whole(start, tmp_path_factory):
 
 def test_the_record_of_a_step_tells_what_happened(whole):
     made = records(whole.out)
-    assert [record["step"] for record in made] == [1, 2, 3, 4]
-    for record in made:
-        assert 0 <= record["reward"] <= 1 and record["accuracy"] == record["reward"]
-        assert record["updates"] in (0, 2, 4) and record["logprob_gap"] < 1e-3
-        assert record["ratio_max"] > 1 and record["kl"] >= -1e-6 and record["entropy"] > 0
-        assert 0 <= record["clip_share"] < 1 and 0 <= record["useless_groups"] <= 1
-        assert record["rollout_tokens_per_s"] > 0 and record["update_tokens_per_s"] > 0
-    evals = [record for record in RunDirectory(whole.out).read_metrics() if "eval" in record]
-    assert [record["step"] for record in evals] == [0, 2, 4]
+    assert [one["step"] for one in made] == [1, 2, 3, 4]
+    for one in made:
+        assert 0 <= one["reward"] <= 1 and one["accuracy"] == one["reward"]
+        assert one["updates"] in (0, 2, 4) and one["logprob_gap"] < 1e-3
+        assert one["ratio_max"] > 1 and one["kl"] >= -1e-6 and one["entropy"] > 0
+        assert 0 <= one["clip_share"] < 1 and 0 <= one["useless_groups"] <= 1
+        assert one["rollout_tokens_per_s"] > 0 and one["update_tokens_per_s"] > 0
+    evals = [one for one in RunDirectory(whole.out).read_metrics() if "eval" in one]
+    assert [one["step"] for one in evals] == [0, 2, 4]
 
 
 def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_weights(whole, tmp_path):
@@ -489,26 +495,32 @@ def test_length_penalties_of_a_mode_lower_the_reward_and_not_the_accuracy(start,
 
 def test_modes_and_tasks_have_figures_of_their_own(start, tmp_path):
     out = tmp_path / "several"
-    given = options(start, out, steps=2, eval_count=0, task=(("digits", "never@0.5"),), modes=(("non-think", "think-high"),))
+    given = options(
+        start, out, steps=2, eval_count=0, task=(("digits", "never@0.5"),), modes=(("non-think", "think-high"),)
+    )
     assert main(given) == 0
-    for record in records(out):
-        assert {"length_non-think", "length_think-high", "accuracy_digits", "accuracy_never"} <= set(record)
-        assert record["accuracy_never"] == 0
+    for one in records(out):
+        assert {"length_non-think", "length_think-high", "accuracy_digits", "accuracy_never"} <= set(one)
+        assert one["accuracy_never"] == 0
 
 
-def test_steps_with_nothing_to_compare_change_no_weight_and_end_the_run_with_a_reason(start, tmp_path, monkeypatch, caplog):
+def test_steps_with_nothing_to_compare_change_no_weight_and_end_the_run_with_a_reason(
+    start, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(grpo, "MOST_USELESS_STEPS", 3)
     out = tmp_path / "useless"
-    with caplog.at_level("WARNING"):
-        assert main(options(start, out, task=(("never",),), steps=9, problems=2, eval_count=0)) == 0
+    assert main(options(start, out, task=(("never",),), steps=9, problems=2, eval_count=0)) == 0
+    said = capsys.readouterr().err
     made = records(out)
     assert len(made) == 3 and all(record["useless_groups"] == 1 and record["updates"] == 0 for record in made)
-    assert "nothing is right" in caplog.text and "longreach sft" in caplog.text
+    assert "nothing is right" in said and "longreach sft" in said
     assert same(weights(out), load_model(start, dtype=torch.float32).state_dict())
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(start, tmp_path, monkeypatch, what):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
+    start, tmp_path, monkeypatch, what
+):
     out = tmp_path / "nan"
     given = options(start, out, steps=5, eval_count=0)
     assert main(dataclasses.replace(given, steps=2)) == 0
@@ -548,9 +560,12 @@ def test_attempts_of_a_server_come_from_the_weights_it_was_given(start, tmp_path
     monkeypatch.setattr(grpo, "ServerSource", Elsewhere)
     monkeypatch.setenv("LONGREACH_ROLLOUT_KEY", "secret")
     out = tmp_path / "server"
-    given = options(start, out, steps=3, eval_count=0, rollouts="http://there", rollout_model="student", rollout_update="vllm")
+    given = options(
+        start, out, steps=3, eval_count=0, rollouts="http://there", rollout_model="student", rollout_update="vllm"
+    )
     assert main(given) == 0
-    assert len(told) == 3 and same(told[-1], weights(out)) and not same(told[0], told[1])
+    assert len(told) == 4 and same(told[0], load_model(start, dtype=torch.float32).state_dict())
+    assert same(told[-1], weights(out)) and not same(told[1], told[2])
     assert all(record["ratio_max"] < 1.001 and record["logprob_gap"] < 1e-3 for record in records(out))
 
 
@@ -628,5 +643,7 @@ def test_settings_of_a_new_run_are_the_defaults(start, tmp_path):
     given = GRPOOptions(run=start, out=tmp_path / "x", task=(("digits",),))
     settings = settle(given, grpo.defaults(given, {}), saved_settings(given, "grpo"))
     plan = make_plan(settings)
-    assert plan.modes == ("think-high",) and plan.windows == {"think-high": 256} and plan.penalties == {"think-high": 0.0}
+    assert (
+        plan.modes == ("think-high",) and plan.windows == {"think-high": 256} and plan.penalties == {"think-high": 0.0}
+    )
     assert settings["lr"] == 5e-4 and settings["kl"] == 0

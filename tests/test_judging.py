@@ -64,6 +64,16 @@ class Unpicklable(Apart):
         self.held = lambda: None
 
 
+class Counted(Apart):
+    """Counts how often it is sent to a process."""
+
+    sent = 0
+
+    def __getstate__(self):
+        type(self).sent += 1
+        return self.__dict__
+
+
 APART = Apart({})
 REPLY = (Message("assistant", "5"),)
 
@@ -143,6 +153,14 @@ def test_what_a_judge_leaves_behind_does_not_keep_the_pool_waiting(shared):
 def test_tasks_that_cannot_be_sent_fail_with_a_reason(shared):
     verdicts = judge_all(shared, ["right"] * 5, Unpicklable())
     assert all("it cannot be sent to a judging process" in verdict.why for verdict in verdicts)
+
+
+def test_a_task_is_sent_once_to_each_process():
+    with Judging(workers=1) as judging:
+        judge_all(judging, ["right"] * 10, Counted({}))
+        assert Counted.sent == 1
+        judge_all(judging, ["exit", "right"], Counted({}))
+        assert Counted.sent == 2
 
 
 def test_judging_here_catches_what_is_raised_and_starts_no_process():

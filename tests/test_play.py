@@ -8,7 +8,7 @@ import re
 import time
 
 import pytest
-from episodes import Boxes, MemoryJournal, ScriptedSource, Sums
+from episodes import Boxes, MemoryJournal, ScriptedSource, Sums, SumsApart
 from serving import calls_text, make_tokenizer
 
 from longreach.chat.messages import Conversation, Message
@@ -147,7 +147,17 @@ def test_a_source_without_log_probabilities_gives_samples_without_them(tokenizer
     assert [sample.logprobs for sample in samples] == [None] * 3
 
 
-def test_each_turn_has_a_seed_of_its_own():
+def test_each_turn_is_asked_for_with_its_own_seed_all_the_room_there_is_and_log_probabilities(tokenizer, judging):
+    source, params = ScriptedSource(tokenizer, put_boxes), []
+    submit = source.submit
+    source.submit = lambda turn: params.append((len(turn.prompt), turn.params)) or submit(turn)
+    play(source, jobs_of(BOXES, 1, params=SamplingParams(temperature=0.7)), tokenizer, judging=judging)
+    assert [p.seed for _, p in params] == [turn_seed(0, 0), turn_seed(0, 1)]
+    assert [size + p.max_tokens for size, p in params] == [1000, 1000]
+    assert {(p.temperature, p.logprobs) for _, p in params} == {(0.7, 0)}
+
+
+def test_seeds_of_turns_never_meet():
     seeds = {turn_seed(seed, number) for seed in range(50) for number in range(8)}
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
     assert turn_seed(3, 1) == turn_seed(3, 1)
@@ -230,6 +240,13 @@ def test_an_episode_ends_with_its_last_turn_even_if_it_still_calls(tokenizer, ju
     assert sample.finish is FinishReason.STOP and "nothing is not" in sample.verdict.why
 
 
+def test_calls_that_another_mark_than_the_end_mark_follows_are_not_answered(tokenizer, judging):
+    source = ScriptedSource(tokenizer, lambda _: calls_text(("put", {"by": 1})) + USER)
+    [sample] = play(source, jobs_of(BOXES, 1), tokenizer, judging=judging)
+    assert [message.role for message in sample.reply] == ["assistant"] and sample.reply[0].tool_calls
+    assert all(sample.written) and not sample.verdict.is_right
+
+
 def test_results_that_leave_no_room_end_the_episode_and_are_not_inserted(tokenizer, judging):
     [whole] = play(ScriptedSource(tokenizer, put_boxes), jobs_of(BOXES, 1), tokenizer, judging=judging)
     begin = whole.written.index(False)
@@ -239,6 +256,7 @@ def test_results_that_leave_no_room_end_the_episode_and_are_not_inserted(tokeniz
         [sample] = play(source, jobs_of(BOXES, 1, window=window), tokenizer, judging=judging)
         assert sample.finish is FinishReason.LENGTH and sample.verdict.reward == 0
         assert (False in sample.written) == is_inserted
+        assert [message.role for message in sample.reply][1:3] == (["tool", "tool"] if is_inserted else [])
         assert len(sample.prompt + sample.tokens) <= window
 
 
@@ -259,21 +277,15 @@ def test_a_reply_reads_as_text(tokenizer, judging):
     assert lines[-1] == str(sample.job.problem.answer)
 
 
-class Slow(Sums):
-    """Is judged in a process of its own."""
-
-    judged_apart = True
-
-
 def test_answers_are_judged_while_others_still_decode(tokenizer, judging):
     class Patient(ScriptedSource):
         def step(self):
             time.sleep(0.002)
             return super().step()
 
-    *short, long = jobs_of(Slow({}), 5, "think-high", window=3000)
+    *short, long = jobs_of(SumsApart({}), 5, "think-high", window=3000)
     a, b = long.problem.conversation.messages[0].content.split("+")
-    source = Patient(tokenizer, lambda p: ("and " * 1200 if f"{a}+{b}<" in p else "") + add_up(p), pace=1)
+    source = Patient(tokenizer, lambda p: ("and " * 400 if f">{a}+{b}<" in p else "") + add_up(p), pace=1)
     over = {}
     play(source, [*short, long], tokenizer, judging=judging, on_sample=lambda s: over.update({s.job.key: source.steps}))
     assert max(over[job.key] for job in short) < over[long.key] == source.steps
@@ -321,12 +333,15 @@ def without_jobs(samples):
 
 @pytest.mark.parametrize("mode", ["non-think", "think-high"])
 def test_episodes_with_tools_go_on_from_every_point_of_an_interruption(tokenizer, judging, mode):
-    jobs = jobs_of(BOXES, 2, mode) + jobs_of(SUMS, 1, mode) + jobs_of(Sums({"level": "2"}), 1, mode, window=8)
+    [short] = jobs_of(Sums({"level": "2"}), 1, mode)
+    short = dataclasses.replace(short, window=len(asked(short).encode(tokenizer)) + 2)
+    jobs = jobs_of(BOXES, 2, mode) + jobs_of(SUMS, 1, mode) + [short]
     whole = MemoryJournal()
-    samples = play(ScriptedSource(tokenizer, put_or_add, pace=5), jobs, tokenizer, judging=judging, journal=whole)
+    samples = play(ScriptedSource(tokenizer, put_or_add, pace=2), jobs, tokenizer, judging=judging, journal=whole)
+    assert samples[-1].finish is FinishReason.LENGTH and samples[-1].tokens
     for count in range(len(whole.records) + 1):
         journal = whole.cut(count)
-        again = play(ScriptedSource(tokenizer, put_or_add, pace=5), jobs, tokenizer, judging=judging, journal=journal)
+        again = play(ScriptedSource(tokenizer, put_or_add, pace=2), jobs, tokenizer, judging=judging, journal=journal)
         assert without_jobs(again) == without_jobs(samples)
         assert sorted(r[1] for r in journal.records if r[0] == "ended") == sorted(job.key for job in jobs)
         for job in jobs:
@@ -355,11 +370,14 @@ def model(tokenizer):
 
 def test_the_engine_goes_on_bit_for_bit_wherever_it_was_interrupted(model, tokenizer, judging):
     params = SamplingParams(temperature=1.2, top_p=0.95, logit_bias={tokenizer.eos_id: 3.0})
-    jobs = jobs_of(SUMS, 6, "think-high", window=70, params=params)
-    jobs += jobs_of(BOXES, 2, "non-think", window=200, params=params)
+    endless = SamplingParams(temperature=1.2, logit_bias={tokenizer.eos_id: -100})
+    jobs = jobs_of(SUMS, 4, "think-high", window=70, params=params)
+    jobs += jobs_of(Sums({"level": "2"}), 4, "think-high", window=70, params=endless)
+    jobs += jobs_of(BOXES, 2, "non-think", window=600, params=params)
     whole = MemoryJournal()
     with EngineSource(model, tokenizer, max_running=4, memory_gib=0.05) as source:
         samples = play(source, jobs, tokenizer, judging=judging, journal=whole)
+    assert all(sample.tokens for sample in samples)
     assert {sample.finish for sample in samples} == {FinishReason.STOP, FinishReason.LENGTH}
     rng = random.Random(5)
     for count in rng.sample(range(1, len(whole.records)), 6):

@@ -587,6 +587,15 @@ def test_a_sample_can_be_read_without_tokenizer_or_task(tmp_path, tokenizer, jud
     assert [read["member"] for read in read_samples(tmp_path)] == [0, 1] * 4
 
 
+def test_samples_are_read_while_the_run_goes_on_and_keeps_them(tmp_path, tokenizer, judging):
+    three_steps(tmp_path, tokenizer, judging)
+    whole = list(read_samples(tmp_path))
+    reading = read_samples(tmp_path)
+    begun = [next(reading) for _ in range(3)]
+    keep_samples(tmp_path, 3)
+    assert begun + list(reading) == whole
+
+
 def test_samples_without_log_probabilities_are_kept_without(tmp_path, tokenizer):
     (job, *_) = jobs_of()
     sample = Sample(job, [0], [300, 301], [True, True], None, (), FinishReason.LENGTH, wrong("full"), 4)

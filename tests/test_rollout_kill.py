@@ -199,9 +199,10 @@ def result(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     assert set(told["codes"]) <= {0, 9, -signal.SIGKILL}, done.stderr
     keys = [sample["key"] for sample in read_samples(folder)]
     assert len(keys) == len(set(keys)) == STEPS * PROBLEMS * GROUP
-    assert not list((folder / "rollouts").iterdir())
-    assert not list((folder / "samples").glob(".*"))
-    if plan["run"] == "grpo":
+    if plan["run"] == "loop":
+        assert not list((folder / "rollouts").iterdir())
+        assert not list((folder / "samples").glob(".*"))
+    else:  # the command does nothing at all to a run that is finished, so journals of its last steps may be left
         records = [record for record in RunDirectory(folder).read_metrics() if "reward" in record]
         assert [record["step"] for record in records] == list(range(1, STEPS + 1))
         assert any(record["useless_groups"] < 1 for record in records)  # so that weights depend on what was drawn
@@ -242,7 +243,19 @@ def test_a_run_killed_at_random_instants_gives_the_same_rollouts_and_weights(tmp
     kill_randomly(tmp_path / "run", run, uninterrupted(run), kills=4, seed=1)
 
 
-@pytest.mark.parametrize(("call", "stride"), [("write", 41), ("fsync", 2), ("replace", 1), ("unlink", 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("call", "stride"),
+    [
+        ("write", 67),
+        ("replace", 1),
+        pytest.param("fsync", 2, marks=SLOW),
+        pytest.param("unlink", 1, marks=SLOW),
+        pytest.param("write", 31, marks=SLOW),
+    ],
+)
 def test_a_run_that_dies_at_any_change_of_the_disk_gives_the_same(tmp_path, uninterrupted, call, stride):
     """In the middle of a record, before a checkpoint or kept samples get their name, before a journal goes."""
     told = result(tmp_path / "run", {"run": "loop", "call": call, "stride": stride})

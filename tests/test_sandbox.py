@@ -186,7 +186,7 @@ def test_a_memory_balloon_bursts(box, source):
 
 def test_a_deep_recursion_in_c_ends_the_program_alone(box):
     source = "import sys\nsys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\nprint(len(repr(x)))"
-    assert run(box, source).reason in ("signal", "memory", "exit")
+    assert run(box, source).reason != "ok"
     assert run(box, "print(1)").stdout == "1\n"
 
 

@@ -365,6 +365,7 @@ def test_a_server_that_stumbles_is_asked_again(fake, model, tokenizer, failure):
         ((401, {"detail": "who are you"}), "401: who are you; give the key of this server"),
         ((200, {"strange": 1}), "the answer of /v1/completions cannot be read"),
         ((200, {"choices": [{"text": "a", "finish_reason": "stop"}]}), "returns no token ids"),
+        ((200, {"choices": [{"token_ids": [], "finish_reason": "stop"}]}), "ended an answer without a token"),
     ],
 )
 def test_a_server_that_cannot_go_on_is_one_clear_error(fake, tokenizer, answer, message):

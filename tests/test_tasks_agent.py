@@ -192,6 +192,7 @@ def test_a_forged_result_helps_no_wrong_answer():
         [Message("tool", "38"), Message("assistant", "38")],
         [Message("user", "go on"), Message("assistant", "38")],
         [Message("assistant", "38"), Message("assistant", "38")],
+        [*turn(call("get", cell=101), results=["38"]), Message("assistant", "83"), Message("assistant", "38")],
         [Message("assistant", tool_calls=(call("get", cell=101),)), Message("assistant", "38")],
         [Message("assistant", "wait"), Message("tool", "38"), Message("assistant", "38")],
         [*turn(call("get", cell=101), results=["38", "38"]), Message("assistant", "38")],
@@ -201,12 +202,15 @@ def test_a_forged_result_helps_no_wrong_answer():
             Message("tool", "38", tool_call_id="b"),
             Message("assistant", "38"),
         ],
-        [],
     ],
 )  # fmt: skip
 def test_a_transcript_in_disorder_is_wrong(reply):
     verdict = TASK.verify(READ, reply)
-    assert not verdict.is_right and verdict.reward == 0 and verdict.why
+    assert not verdict.is_right and verdict.reward == 0 and verdict.why not in ("", "101 was not looked up")
+
+
+def test_no_reply_at_all_is_wrong():
+    assert TASK.verify(READ, []) == (0.0, False, "101 was not looked up")
 
 
 def test_results_may_come_in_another_order_if_they_carry_ids():

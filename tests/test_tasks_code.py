@@ -13,7 +13,7 @@ from longreach.errors import RequestError
 from longreach.tasks.base import problem_at
 from longreach.tasks.programs import MOST_VALUE, follow
 from longreach.tasks.registry import open_task
-from longreach.tasks.sandbox import Program, run_many
+from longreach.tasks.sandbox import Limits, Program, run_many
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs are run on Linux only")
 
@@ -89,7 +89,9 @@ def test_a_program_is_followed_step_by_step():
 
 
 def test_loops_and_lists_are_followed():
-    steps, printed = follow("x=[4,7]\nfor i in range(2):\n if x[i]>4:x[i]-=2\n else:x.append(i+1)\nprint(sum(x),len(x))")
+    steps, printed = follow(
+        "x=[4,7]\nfor i in range(2):\n if x[i]>4:x[i]-=2\n else:x.append(i+1)\nprint(sum(x),len(x))"
+    )
     assert ";".join(step.text for step in steps) == (
         "x=[4,7];i=0;4>4:no;0+1=1;x=[4,7,1];i=1;7>4:yes;x[1]=7-2=5;sum([4,5,1])=10;len([4,5,1])=3"
     )
@@ -176,11 +178,12 @@ def test_a_function_that_is_partly_right_earns_less_than_half():
         ("def f(a,b):return f(a,b)", "0 of 8 calls right"),
         ("class E:\n def __eq__(s,o):return True\ndef f(a,b):return E()", "0 of 8 calls right"),
         ("import json\njson.dumps=lambda *a:'22'\ndef f(a,b):0", "0 of 8 calls right"),
-        ("print('[\"24\",\"24\"]')\nimport os\ndef f(a,b):os._exit(0)", "ended before f was called"),
+        ('print(\'["24","24"]\')\nimport os\ndef f(a,b):os._exit(0)', "ended before f was called"),
         ("import sys\nsys.stdout.close()\ndef f(a,b):0", "ValueError|ended before"),
     ],
 )
-def test_broken_functions_and_cheats_are_wrong(code, why):
+def test_broken_functions_and_cheats_are_wrong(code, why, monkeypatch):
+    monkeypatch.setattr("longreach.tasks.coding.LIMITS", Limits(cpu_s=1, wall_s=2.0 if "wall" in why else 60.0))
     task, problem = function("f(a,b): the larger of a and b, doubled.")
     verdict = task.verify(problem, said(code))
     assert not verdict.is_right and verdict.reward == 0.0

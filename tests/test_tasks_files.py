@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import gzip
 import json
+import pickle
 import random
 import sys
 import time
@@ -17,7 +17,16 @@ from longreach.chat.messages import Message
 from longreach.errors import RequestError
 from longreach.tasks.base import problem_at
 from longreach.tasks.registry import open_task
-from longreach.tasks.verifiers import VERIFIERS, chosen_letter, code_of, final_number, numbers_in
+from longreach.tasks.sandbox import Limits
+from longreach.tasks.verifiers import (
+    IN_SANDBOX,
+    MATH_LIMITS,
+    VERIFIERS,
+    chosen_letter,
+    code_of,
+    final_number,
+    numbers_in,
+)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs are run on Linux only")
 
@@ -164,7 +173,8 @@ def test_a_body_alone_a_bare_function_and_a_block_are_all_read(humaneval):
         ("def has_close_elements(*a): return None", "AssertionError"),
     ],
 )
-def test_programs_that_end_early_do_not_pass(humaneval, code, why):
+def test_programs_that_end_early_do_not_pass(humaneval, code, why, monkeypatch):
+    monkeypatch.setattr("longreach.tasks.verifiers.CODE_LIMITS", Limits(cpu_s=1, wall_s=60.0))
     verdict = humaneval.verify(humaneval.problems()[0], said(f"```python\n{code}\n```"))
     assert not verdict.is_right and why in verdict.why
 
@@ -205,10 +215,10 @@ def test_math_is_read_from_folders_and_judged_by_equality(math_folder):
 
 def test_math_that_takes_forever_is_ended(math_folder):
     task = open_task(f"math:path={math_folder}")
-    begin = time.monotonic()
     for text in ("\\boxed{10^{10^{10^{10}}}}", "\\boxed{9^{9^{9^{9^9}}}!}", "\\boxed{" + "(" * 5000 + "}"):
+        begin = time.monotonic()
         assert not task.verify(task.problems()[0], said(text)).is_right
-    assert time.monotonic() - begin < 40
+        assert time.monotonic() - begin < MATH_LIMITS.wall_s + 10
 
 
 def test_math_without_its_package_says_what_to_install(monkeypatch, tmp_path):
@@ -264,7 +274,9 @@ def test_a_file_of_the_users_own_fields_is_judged_by_name(tmp_path):
 
 def test_a_compressed_file_with_blank_lines_and_a_mark_of_byte_order_is_read(tmp_path):
     path = tmp_path / "mine.jsonl.gz"
-    path.write_bytes(gzip.compress('\ufeff{"question": "é?", "answer": 1}\r\n\r\n{"question": "b?", "answer": 2}'.encode()))
+    path.write_bytes(
+        gzip.compress('\ufeff{"question": "é?", "answer": 1}\r\n\r\n{"question": "b?", "answer": 2}'.encode())
+    )
     assert open_task(f"jsonl:path={path}:verifier=number").size == 2
 
 
@@ -275,13 +287,21 @@ def test_a_compressed_file_with_blank_lines_and_a_mark_of_byte_order_is_read(tmp
         (["[1]"], "verifier=number", "line 1: .* is no JSON object"),
         (['{"question": "a"}'], "verifier=number", "line 1: there is no field 'answer'; fields are 'question'"),
         (['{"question": "", "answer": 1}'], "verifier=number", "line 1: field 'question' is \"\"; it should be a text"),
-        (['{"question": "a", "answer": "x"}'], "verifier=number", "line 1: field 'answer' has an answer without a number"),
+        (
+            ['{"question": "a", "answer": "x"}'],
+            "verifier=number",
+            "line 1: field 'answer' has an answer without a number",
+        ),
         (['{"question": "a", "answer": null}'], "verifier=exact", "line 1: field 'answer' has no answer"),
         (['{"question": "a", "answer": "("}'], "verifier=regex", "line 1: .* no regular expression"),
         (['{"question": "a", "answer": "K"}'], "verifier=choice", "line 1: .* no letter from A to J"),
         (['{"question": "a", "answer": "assert ("}'], "verifier=python", "line 1: .* tests that are no Python"),
         (['{"question": "a", "answer": 1, "level": "x"}'], "verifier=number", "line 1: field 'level' is \"x\""),
-        (['{"question": [{"role": "bot"}], "answer": 1}'], "verifier=number", "line 1: .* messages are objects with a role"),
+        (
+            ['{"question": [{"role": "bot"}], "answer": 1}'],
+            "verifier=number",
+            "line 1: .* messages are objects with a role",
+        ),
         (['{"question": [], "answer": 1}'], "verifier=number", "line 1: .* should end with a user's message"),
         (['{"question": "a", "answer": 1}'], "verifier=number:solution=s", "line 1: there is no field 's'"),
         ([], "verifier=number", "holds no problem"),
@@ -300,9 +320,17 @@ def test_a_line_that_does_not_fit_is_named_with_its_reason(tmp_path, lines, opti
 @pytest.mark.parametrize(
     ("kind", "record", "message"),
     [
-        ("gsm8k", {"question": "a", "answer": "It is 3"}, "line 1: the answer ends with 'It is 3'; it should end with ####"),
+        (
+            "gsm8k",
+            {"question": "a", "answer": "It is 3"},
+            "line 1: the answer ends with 'It is 3'; it should end with ####",
+        ),
         ("math", {"problem": "a", "solution": "3"}, r"line 1: the solution has no \\boxed"),
-        ("humaneval", {"prompt": "def g(): 1", "entry_point": "f", "test": "x"}, "line 1: the prompt defines no function 'f'"),
+        (
+            "humaneval",
+            {"prompt": "def g(): 1", "entry_point": "f", "test": "x"},
+            "line 1: the prompt defines no function 'f'",
+        ),
         ("mbpp", {"text": "a", "test_list": "assert 1"}, "line 1: field 'test_list' is \"assert 1\""),
     ],
 )
@@ -313,13 +341,13 @@ def test_a_record_of_another_set_is_refused(tmp_path, kind, record, message):
 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="cannot be read: .*No such file"):
+    with pytest.raises(RequestError, match=r"cannot be read: .*No such file"):
         open_task(f"gsm8k:path={tmp_path / 'none.jsonl'}")
     (tmp_path / "x.gz").write_bytes(b"\x1f\x8b broken")
     with pytest.raises(RequestError, match="cannot be read"):
         open_task(f"gsm8k:path={tmp_path / 'x.gz'}")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(RequestError, match="cannot be read: .*utf-8"):
+    with pytest.raises(RequestError, match=r"cannot be read: .*utf-8"):
         open_task(f"gsm8k:path={tmp_path / 'x.jsonl'}")
     with pytest.raises(RequestError, match="reads a file; write gsm8k:path=FILE"):
         open_task("gsm8k")
@@ -358,10 +386,12 @@ ANSWERS = {
 }  # fmt: skip
 
 NASTY = [
+    "```" + " " * 50_000, "```" + "a" * 50_000, "```py\n" + "``" * 50_000,
     "", "\x00", "\ud800", "{" * 3000, "[" * 100_000, "(" * 100_000, "\\boxed{" * 2000, "1" * 100_000, "1," * 50_000,
     "-" * 100_000, "```" * 10_000, "```python\n" * 5000, "a" * 30 + "!", "9" * 50 + "e99", "1/" * 50_000, "\\frac{1}{0}",
-    "$" * 10_000, "####" * 10_000, "answer is " * 10_000, "\u0661\u0662", "1e", "∞", "\\boxed{\\frac{1}{0}}", "import os; os.abort()",
-    "__import__('os').system('true')", "\n" * 100_000, " " * 100_000 + "x", "answer" + " " * 50_000, "```python\n" + "\t" * 50_000,
+    "$" * 10_000, "####" * 10_000, "answer is " * 10_000, "\u0661\u0662", "1e", "∞", "\\boxed{\\frac{1}{0}}",
+    "import os; os.abort()", "__import__('os').system('true')", "\n" * 100_000, " " * 100_000 + "x", "answer" + " " * 50_000,
+    "```python\n" + "\t" * 50_000,
     "f=lambda x:x\nf" + "(f" * 200 + ")" * 200, '{"a": ' * 5000, "1" + "e9" * 1000, "\r\n```\r\n", "\u2028```\u2028",
 ]  # fmt: skip
 
@@ -370,21 +400,39 @@ NASTY = [
 def test_no_text_makes_a_judge_raise_or_wait(verifier):
     if verifier == "math":
         pytest.importorskip("math_verify")
-    in_sandbox = verifier in ("math", "python", "regex")
+    in_sandbox = verifier in IN_SANDBOX
     rng = random.Random(1)
-    pieces = ["1", "-", ",", ".", "$", "\\boxed{", "}", "####", "answer", " is ", "\n", "```", "python\n", "(", "B", "é", "/", "e"]
+    pieces = [
+        "1",
+        "-",
+        ",",
+        ".",
+        "$",
+        "\\boxed{",
+        "}",
+        "####",
+        "answer",
+        " is ",
+        "\n",
+        "```",
+        "python\n",
+        "(",
+        "B",
+        "é",
+        "/",
+        "e",
+    ]
     texts = NASTY + ["".join(rng.choices(pieces, k=rng.randint(1, 30))) for _ in range(10 if in_sandbox else 2000)]
     for text in texts:
         begin = time.monotonic()
         verdict = VERIFIERS[verifier](text, ANSWERS[verifier])
         assert 0.0 <= verdict.reward <= 1.0 and isinstance(verdict.why, str) and len(verdict.why) < 500
-        assert time.monotonic() - begin < (20 if in_sandbox else 2), text[:50]
+        assert time.monotonic() - begin < (60 if in_sandbox else 5), text[:50]
 
 
-def test_an_expression_that_never_ends_its_search_is_ended():
-    begin = time.monotonic()
-    verdict = VERIFIERS["regex"]("a" * 60 + "!", "(a+)+$")
-    assert "was ended: cpu" in verdict.why and time.monotonic() - begin < 15
+def test_an_expression_that_never_ends_its_search_is_ended(monkeypatch):
+    monkeypatch.setattr("longreach.tasks.verifiers.SHORT_LIMITS", Limits(cpu_s=1, wall_s=60.0))
+    assert "was ended: cpu" in VERIFIERS["regex"]("a" * 60 + "!", "(a+)+$").why
 
 
 def test_blocks_of_code_are_found():
@@ -402,8 +450,14 @@ def test_a_letter_is_read_where_it_is_decided():
 
 
 def test_json_with_a_schema_names_its_missing_package(monkeypatch):
-    real = builtins.__import__
-    assert real
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     with pytest.raises(RequestError, match="needs jsonschema: pip install jsonschema"):
         VERIFIERS["json"]("{}", {"type": "object"})
+
+
+@pytest.mark.parametrize(("options", "is_apart"), [("verifier=regex", True), ("verifier=number", False)])
+def test_a_task_of_a_file_can_be_sent_to_another_process(tmp_path, options, is_apart):
+    task = open_task(f"jsonl:path={write(tmp_path / 'a.jsonl', {'question': 'a', 'answer': '12'})}:{options}")
+    assert task.judged_apart is is_apart
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent.verify(sent.problems()[0], said("It is 12")).is_right

@@ -123,6 +123,23 @@ def test_of_updates_the_last_line_counts_and_other_names_are_written_again_too()
     assert first_is_wrong == 90
 
 
+@pytest.mark.parametrize("kind", ["multihop", "updates"])
+def test_lines_that_belong_together_stand_apart_in_any_order(kind):
+    adjacent = backwards = 0
+    for problem in draws(
+        f"needles:kind={kind}:hops=2:level=3" if kind == "multihop" else f"needles:kind={kind}:level=3", 100
+    ):
+        lines, _ = read(problem)
+        name = problem.extra["names"][0]
+        first = next(place for place, (key, _) in enumerate(lines) if key == name)
+        second = max(
+            place for place, (key, _) in enumerate(lines) if key == (lines[first][1] if kind == "multihop" else name)
+        )
+        adjacent += abs(first - second) == 1
+        backwards += second < first
+    assert adjacent < 15 and (25 < backwards < 75 if kind == "multihop" else backwards == 0)
+
+
 def test_needles_stand_everywhere_in_the_text():
     task = open_task("needles:kind=single:level=3")
     depths = [task.depth(problem) for problem in draws("needles:kind=single:level=3", 400)]

@@ -131,6 +131,20 @@ def test_causes_give_the_effect(level):
     assert min(effects.count("up"), effects.count("down")) > 300
 
 
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_an_effect_traced_back_from_its_end_is_the_one_traced_forward(level):
+    task, problems = drawn("causes", level)
+    for problem in problems:
+        (message,) = task.demonstrate(problem, "think-max", random.Random(0))
+        forward, _, back = message.reasoning.partition("\ncheck:")
+        effect = problem.answer["effect"]
+        assert forward.endswith(f"{problem.extra['asked']} {effect}") and back.endswith(f":{effect};ok")
+        if effect != "same":
+            number = int(re.search(r"(\d+) lowers:", back)[1])
+            assert number == len(re.findall(r"from \w lowers", back))
+            assert (effect == problem.extra["change"]) == (number % 2 == 0)
+
+
 @pytest.mark.parametrize("topic", ["quantities", "mixtures"])
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_every_equation_of_a_worked_calculation_is_true(topic, level):

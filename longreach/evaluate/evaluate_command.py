@@ -149,7 +149,7 @@ def read_modes(text: str) -> Sequence[Mode]:
         RequestError: none, an unknown one, or one twice.
     """
     named = [part.strip() for part in text.split(",") if part.strip()]
-    modes = [mode for mode in MODES if mode in named]
+    modes: list[Mode] = [mode for mode in MODES if mode in named]
     if not named or len(modes) != len(named):
         raise RequestError(f"--mode {text!r}: name each once, of {', '.join(MODES)}, with commas between them")
     return modes

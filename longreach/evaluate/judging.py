@@ -11,8 +11,8 @@ There are three kinds of judges.
   asked at once, in this process. An exception is caught; one that never returned would stop everything, so this is only for
   judges whose time is bounded by the answer's length.
 - A task with the attribute `judged_apart = True` (it runs programs, or calls a library for mathematics), and one of a user's
-  file unless it says `judged_apart = False`, is asked in worker processes. One that takes longer than `timeout_s`, raises, or takes the process down with it is
-  said to have failed; a new process takes the next answer.
+  file unless it says `judged_apart = False`, is asked in worker processes. A judge that takes longer than `timeout_s`, raises,
+  or takes the process down with it is said to have failed; a new process takes the next answer.
 - A task with a method `judge_batch(pairs of problem and reply)` is asked for all its answers at once, when nothing else is
   left to be judged: a model that judges wants a batch, and may be the very one that wrote the answers.
 

@@ -294,6 +294,8 @@ class ServerSource:
             made += drawn.tokens
             finish: FinishReason | None = None
             if drawn.finish == "stop":
+                if not made:
+                    raise _Refused("it ended an answer without a token, not even the end mark")
                 finish = FinishReason.STOP
             elif drawn.finish == "length":
                 # Fewer than asked for: its context is full.

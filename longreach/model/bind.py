@@ -32,6 +32,8 @@ def is_suited(model: nn.Module) -> bool:
     rounds_inputs = c.numerics == "official" and c.weight_format != "plain"
     if c.attention == "mla" or c.residual == "plain" or rounds_inputs or c.n_group > 1 or c.scoring_func not in SCORING:
         return False
+    if any(getattr(module, "stands_in", False) for module in model.modules()):  # frozen codes, adapters
+        return False
     for _, _, tensor, _ in weights(model):
         floats = tensor.dtype == torch.float32 or not tensor.is_floating_point()
         if tensor.device.type != "cpu" or not floats or not tensor.is_contiguous():

@@ -16,6 +16,9 @@ from torch import Tensor
 
 CHUNK = 512
 
+ROWS = 16_384
+"""Rows of a head of another dtype that are widened at a time."""
+
 
 def head_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
     """Negative log-likelihood of the targets under softmax(hidden Wᵀ), summed, in nats.
@@ -44,12 +47,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
         wants_gradient, wide = any(ctx.needs_input_grad), _wide(hidden_MD)
         total = torch.zeros((), dtype=wide, device=hidden_MD.device)
-        weight = weight_VD.to(wide)
         hidden_gradient = torch.empty_like(hidden_MD) if wants_gradient else hidden_MD
-        weight_gradient = torch.zeros_like(weight) if wants_gradient else weight
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # a frozen head is a gigabyte or two at the released vocabulary
+            weight_gradient = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
         for start in range(0, len(targets_M), CHUNK):
             hidden, targets = hidden_MD[start : start + CHUNK].to(wide), targets_M[start : start + CHUNK, None]
-            logits = F.linear(hidden, weight)
+            logits = _logits(hidden, weight_VD)
             chosen = logits.gather(1, targets)
             largest = logits.amax(dim=1, keepdim=True)
             exponentials = logits.sub_(largest).exp_()
@@ -58,16 +62,34 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if wants_gradient:
                 gradient = exponentials.div_(normaliser)
                 gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
-                hidden_gradient[start : start + CHUNK] = gradient @ weight
-                weight_gradient.addmm_(gradient.t(), hidden)
+                hidden_gradient[start : start + CHUNK] = _back(gradient, weight_VD)
+                if weight_gradient is not None:
+                    weight_gradient.addmm_(gradient.t(), hidden)
         if wants_gradient:
-            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight_VD.dtype))
+            ctx.save_for_backward(
+                hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight_VD.dtype)
+            )
         return total
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * upstream, weight_gradient * upstream, None
+        return hidden_gradient * upstream, None if weight_gradient is None else weight_gradient * upstream, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden Wᵀ in hidden's dtype; a narrower W is widened some rows at a time."""
+    if weight.dtype == hidden.dtype:
+        return F.linear(hidden, weight)
+    return torch.cat([F.linear(hidden, rows.to(hidden.dtype)) for rows in weight.split(ROWS)], dim=1)
+
+
+def _back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient W, likewise."""
+    if weight.dtype == gradient.dtype:
+        return gradient @ weight
+    parts = zip(gradient.split(ROWS, dim=1), weight.split(ROWS), strict=True)
+    return torch.stack([part @ rows.to(part.dtype) for part, rows in parts]).sum(dim=0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

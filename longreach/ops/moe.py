@@ -68,7 +68,7 @@ def clamped_swiglu_reference(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return F.silu(gate) * up
 
 
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, in the dtype of `grad`; beyond a clamp there is none."""
     wide_gate, wide_up = gate.to(grad.dtype), up.to(grad.dtype)
     if limit:
@@ -93,7 +93,7 @@ class _ClampedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
-        d_gate, d_up = _swiglu_backward(grad, gate, up, ctx.limit)
+        d_gate, d_up = swiglu_backward(grad, gate, up, ctx.limit)
         return d_gate.to(gate.dtype), d_up.to(up.dtype), None
 
 
@@ -175,7 +175,7 @@ class _Mixture(torch.autograd.Function):
         counts = torch.bincount(chosen_MK.reshape(-1), minlength=w1_EfD.shape[0]).tolist()
         gate, up = (x_MD.new_empty(M * K, w1_EfD.shape[1]) for _ in range(2))
         out = x_MD.new_empty(M * K, x_MD.shape[1])
-        for e, part in _parts(counts):
+        for e, part in parts_by_expert(counts):
             rows = x_MD.index_select(0, order[part] // K)
             torch.mm(rows, w1_EfD[e].t(), out=gate[part])
             torch.mm(rows, w3_EfD[e].t(), out=up[part])
@@ -198,7 +198,7 @@ class _Mixture(torch.autograd.Function):
             if not count:
                 for d in (d_w1, d_w3, d_w2):
                     d[e].zero_()
-        for e, part in _parts(ctx.counts):
+        for e, part in parts_by_expert(ctx.counts):
             slots = order[part]
             tokens = slots // K
             rows, d_out = x_MD.index_select(0, tokens), grad.index_select(0, tokens)
@@ -207,7 +207,7 @@ class _Mixture(torch.autograd.Function):
             torch.mm(d_out.t(), (active * weight).to(x_MD.dtype), out=d_w2[e])
             d_hidden = (d_out @ w2_EDf[e]).to(active.dtype)
             d_weight.view(-1).index_copy_(0, slots, active.mul_(d_hidden).sum(-1).to(d_weight.dtype))
-            d_gate, d_up = _swiglu_backward(d_hidden.mul_(weight), gate[part], up[part], ctx.limit)
+            d_gate, d_up = swiglu_backward(d_hidden.mul_(weight), gate[part], up[part], ctx.limit)
             d_gate, d_up = d_gate.to(x_MD.dtype), d_up.to(x_MD.dtype)
             torch.mm(d_gate.t(), rows, out=d_w1[e])
             torch.mm(d_up.t(), rows, out=d_w3[e])
@@ -216,7 +216,7 @@ class _Mixture(torch.autograd.Function):
         return d_x.to(x_MD.dtype), d_weight, d_w1, d_w3, d_w2, None, None
 
 
-def _parts(counts: list[int]):
+def parts_by_expert(counts: list[int]):
     """(expert, its rows among those sorted by expert), for experts that have any."""
     start = 0
     for e, count in enumerate(counts):

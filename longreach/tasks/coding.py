@@ -62,6 +62,7 @@ class Coding(GeneratedTask):
     domain = "code"
     summary = "write a small Python function that passes hidden tests"
     all_levels = (1, 2, 3)
+    judged_apart = True
 
     def make(self, rng: random.Random, level: int) -> Problem:
         while True:

@@ -94,6 +94,11 @@ class FileTask:
     def judge(self, problem: Problem, text: str) -> Verdict:
         return verifiers.VERIFIERS[self.verifier](text, problem.answer)
 
+    @property
+    def judged_apart(self) -> bool:
+        """Whether a verdict takes long enough to be asked for in another process (`longreach.evaluate.judging`)."""
+        return self.verifier in verifiers.IN_SANDBOX
+
     def problems(self) -> Sequence[Problem]:
         """All of them, in the file's order."""
         return self._problems
@@ -126,7 +131,9 @@ def _text_of(record: Mapping[str, Any], *names: str) -> str:
     for name in names:
         if name in record:
             if not isinstance(record[name], str) or not record[name].strip():
-                raise _Unfit(f"field {name!r} is {json.dumps(record[name])[:60]}; it should be a text that is not empty")
+                raise _Unfit(
+                    f"field {name!r} is {json.dumps(record[name])[:60]}; it should be a text that is not empty"
+                )
             return record[name]
     wanted = " or ".join(repr(name) for name in names)
     raise _Unfit(f"there is no field {wanted}; fields are {', '.join(map(repr, record)) or 'none'}")
@@ -155,7 +162,9 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read: {error}; give a JSONL file, UTF-8, perhaps compressed by gzip") from None
+        raise RequestError(
+            f"{path} cannot be read: {error}; give a JSONL file, UTF-8, perhaps compressed by gzip"
+        ) from None
     if path.suffix == ".json":
         yield str(path), _object(text, str(path))
         return
@@ -240,7 +249,8 @@ class HumanEval(FileTask):
         if not name.isidentifier() or f"def {name}(" not in prompt:
             raise _Unfit(f"the prompt defines no function {name!r}, which 'entry_point' names")
         tests = _text_of(record, "test")
-        question = f"Complete this function. Answer with the whole function in a Markdown block.\n```python\n{prompt.rstrip()}\n```"
+        asked = "Complete this function. Answer with the whole function in a Markdown block."
+        question = f"{asked}\n```python\n{prompt.rstrip()}\n```"
         return Problem(
             self.kind, _asked(question), f"{tests}\n\ncheck({name})\n",
             extra={"prompt": prompt, "name": name, "solution": record.get("canonical_solution") or ""},
@@ -311,7 +321,9 @@ class AnyJSONL(FileTask):
     def set_up(self) -> None:
         names = ", ".join(verifiers.verifier_names())
         if "verifier" not in self.options:
-            raise RequestError(f"task jsonl needs a judge; write jsonl:path={self.path}:verifier=NAME with one of {names}")
+            raise RequestError(
+                f"task jsonl needs a judge; write jsonl:path={self.path}:verifier=NAME with one of {names}"
+            )
         self.verifier = self.options["verifier"]
         if self.verifier not in verifiers.VERIFIERS:
             raise RequestError(f"verifier {self.verifier!r} is unknown; verifiers are {names}")

@@ -188,15 +188,15 @@ _Made = tuple[str, list[dict[str, Any]]]
 
 def _words(rng: random.Random, level: int) -> _Made:
     count = rng.randrange(3, 5 + level)
-    return _text(rng, level, "Write", [{"kind": "words", "count": count}])
+    return _text(rng, level, [{"kind": "words", "count": count}])
 
 
 def _lines(rng: random.Random, level: int) -> _Made:
     lines, width = rng.randrange(2, 3 + level), rng.randrange(1, 3 + level // 2)
-    return _text(rng, level, "Write", [{"kind": "lines", "count": lines}, {"kind": "width", "count": width}])
+    return _text(rng, level, [{"kind": "lines", "count": lines}, {"kind": "width", "count": width}])
 
 
-def _text(rng: random.Random, level: int, verb: str, shape: list[dict[str, Any]]) -> _Made:
+def _text(rng: random.Random, level: int, shape: list[dict[str, Any]]) -> _Made:
     """A text of this shape with further constraints, drawn again until some text fulfils them all."""
     while True:
         more = [_more(rng, kind) for kind in rng.sample(_MORE, level)]
@@ -205,7 +205,7 @@ def _text(rng: random.Random, level: int, verb: str, shape: list[dict[str, Any]]
             more.append(_more(rng, rng.choice(("first", "last", "with", "order"))))
         constraints = [*shape, *more]
         if _fill(constraints, rng):
-            return f"{verb} {', '.join(map(phrase, constraints))}.", constraints
+            return f"Write {', '.join(map(phrase, constraints))}.", constraints
 
 
 _MORE = ("letters", "case", "first", "last", "with", "without", "order", "once")

@@ -33,9 +33,10 @@ from longreach.tasks.base import RIGHT, Verdict, wrong
 from longreach.tasks.sandbox import Limits, Sandbox, run_python, sandbox
 
 # A loop is ended by its CPU time, which does not depend on what else the machine does; wall time is for what waits.
-CODE_LIMITS = Limits(cpu_s=5, wall_s=20.0, memory_mib=1024)
-SHORT_LIMITS = Limits(cpu_s=2, wall_s=10.0)
-MATH_LIMITS = Limits(cpu_s=5, wall_s=20.0, memory_mib=1024)
+# Both end before whoever asks for a verdict is out of patience (10 seconds, unless told otherwise).
+CODE_LIMITS = Limits(cpu_s=3, wall_s=8.0, memory_mib=1024)
+SHORT_LIMITS = Limits(cpu_s=1, wall_s=8.0)
+MATH_LIMITS = Limits(cpu_s=4, wall_s=8.0, memory_mib=1024)
 
 MOST_TEXT = 200_000
 """Characters of an answer that are judged, its last ones: no answer is that long, and every judge here is linear in them."""
@@ -43,8 +44,9 @@ MOST_TEXT = 200_000
 
 # ---- reading texts --------------------------------------------------------------------------------------------------
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-_OPEN_FENCE = re.compile(r"^[ \t]*```[ \t]*[\w+-]*[^\n]*\n", re.MULTILINE)
+# Nothing is given back (`*+`): a search through a long line that is no fence would take the square of its length.
+_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([\w+-]*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
+_OPEN_FENCE = re.compile(r"^[ \t]*+```[^\n]*+\n", re.MULTILINE)
 
 
 def code_of(text: str, containing: str = "") -> str | None:
@@ -96,7 +98,9 @@ def numbers_in(text: str) -> list[Fraction]:
     for match in _NUMBER.finditer(text):
         if match["whole"] is None and match["decimals"] is None:
             continue
-        value = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or "") + (match["exponent"] or ""))
+        value = Fraction(
+            (match["whole"] or "0").replace(",", "") + (match["decimals"] or "") + (match["exponent"] or "")
+        )
         if match["below"] is not None and int(match["below"]) != 0:
             value /= int(match["below"])
         before = text[match.start() - 1 : match.start()] if match.start() else ""
@@ -110,7 +114,9 @@ def final_number(text: str) -> Fraction | None:
     """The number a text gives as its result: boxed, or the first behind its last `####` or "answer is", or its last."""
     inside = boxed(text)
     if inside is not None:
-        inside = re.sub(r"\\[dt]?frac\{(-?\d{1,50})\}\{(\d{1,50})\}", r"\1/\2", inside.replace("{,}", ",").replace("\\!", ""))
+        inside = re.sub(
+            r"\\[dt]?frac\{(-?\d{1,50})\}\{(\d{1,50})\}", r"\1/\2", inside.replace("{,}", ",").replace("\\!", "")
+        )
         if found := numbers_in(inside):
             return found[-1]
     marks = list(_BEFORE_ANSWER.finditer(text))
@@ -249,8 +255,8 @@ import json, sys, logging
 logging.disable(logging.CRITICAL)
 from math_verify import parse, verify
 gold, text = json.load(sys.stdin)
-answer = parse(text, parsing_timeout=3)
-print(json.dumps([bool(verify(parse(gold, parsing_timeout=3), answer, timeout_seconds=3)), [str(a) for a in answer][:1]]))
+answer = parse(text, parsing_timeout=2)
+print(json.dumps([bool(verify(parse(gold, parsing_timeout=2), answer, timeout_seconds=2)), [str(a) for a in answer][:1]]))
 """
 # The parser builds its tables at first use, which takes a quarter of a second.
 _WARM = r"""
@@ -351,6 +357,9 @@ _JUDGES: dict[str, Verifier] = {
 def _bounded(judge: Verifier) -> Verifier:
     return lambda text, answer: judge(text[-MOST_TEXT:], answer)
 
+
+IN_SANDBOX = ("regex", "math", "python")
+"""Those that run something and take milliseconds to seconds; the others take microseconds."""
 
 VERIFIERS: dict[str, Verifier] = {name: _bounded(judge) for name, judge in _JUDGES.items()}
 

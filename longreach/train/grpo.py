@@ -153,8 +153,8 @@ class GRPO:
         roller = stack.enter_context(Roller(tuning.run, server or local, tokenizer, judging))
         roller.cover(tuning.step)
         grpo = cls(tuning, plan, tasks, weights, roller, local, judging, policy)
-        if server is not None and tuning.step:
-            grpo.hand_over()  # the server may be steps ahead of the checkpoint, or newly started
+        if server is not None:
+            grpo.hand_over()  # it may have been started with other weights, or be steps ahead of the checkpoint
         for label, text in grpo.decided():
             log.info("%-10s %s", label, text)
         return grpo
@@ -186,6 +186,7 @@ class GRPO:
         tuning, settings, G = self.tuning, self.settings, self.settings["group_size"]
         if self.before is None:
             self.before = self.held_out()
+            self.save()
         with TrainingProgress() as display:
             while not stop.asked and not self.is_over(steps, minutes):
                 start, step = time.perf_counter(), tuning.step
@@ -310,6 +311,8 @@ class GRPO:
         share = fmean(record["accuracy"] for record in self.recent)
         if share > 0.5:
             hint = "everything is right: the task is learned; choose a harder level"
+        elif fmean(record["truncated"] for record in self.recent) > 0.9:
+            hint = "nearly every attempt was cut off: give larger --windows"
         elif share == 0:
             hint = "nothing is right: let the model learn from worked solutions first (longreach sft), or choose an easier level"
         else:
@@ -327,20 +330,22 @@ def restored(saved: list[dict[str, Any]] | None) -> list[Score] | None:
 def progress_line(records: Sequence[dict[str, Any]]) -> str:
     """The last steps in one line."""
 
-    def mean(name: str) -> float:
+    def mean(name: str) -> float | None:
         values = [record[name] for record in records if record.get(name) is not None]
-        return fmean(values) if values else 0.0
+        return fmean(values) if values else None
 
-    last = records[-1]
-    line = (
-        f"reward {mean('reward'):.3f}  right {mean('accuracy'):.0%}  {mean('length'):.0f} tokens  "
-        f"entropy {mean('entropy'):.3f}  useless {mean('useless_groups'):.0%}"
-    )
-    if mean("truncated") >= 0.005:
-        line += f"  cut off {mean('truncated'):.0%}"
-    if last.get("unjudged"):
-        line += f"  unjudged {last['unjudged']}"
-    return line + f"  {mean('rollout_tokens_per_s'):,.0f} drawn/s  {mean('update_tokens_per_s'):,.0f} learned/s"
+    parts = [
+        f"{label} {form.format(value)}"
+        for label, form, name in (
+            ("reward", "{:.3f}", "reward"), ("right", "{:.0%}", "accuracy"), ("length", "{:.0f}", "length"),
+            ("entropy", "{:.3f}", "entropy"), ("useless", "{:.0%}", "useless_groups"), ("cut off", "{:.0%}", "truncated"),
+            ("drawn", "{:,.0f}/s", "rollout_tokens_per_s"), ("learned", "{:,.0f}/s", "update_tokens_per_s"),
+        )
+        if (value := mean(name)) is not None and (name != "truncated" or value)
+    ]  # fmt: skip
+    if unjudged := records[-1].get("unjudged"):
+        parts.append(f"unjudged {unjudged}")
+    return "  ".join(parts)
 
 
 # ---- after the loop -------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def read_by_mode(
             if mode in given:
                 raise RequestError(f"{flag} {text}: {mode} has two numbers; give one")
             given[mode] = value
-    return {mode: given.get(mode, default[mode]) for mode in modes}
+    return {mode: given[mode] if mode in given else default[mode] for mode in modes}
 
 
 def open_weighted(specifications: Sequence[str], flag: str = "--task") -> tuple[list[Task], list[float]]:

@@ -257,7 +257,7 @@ def keep_samples(run: Path, before: int) -> None:
                 "%s holds %d of %s samples; it stays where it is", path, len(samples), header.get("count", "its")
             )
             continue
-        kept = run / "samples" / f"step-{step:08d}.jsonl.gz"
+        kept = _kept_path(run, step)
         lines = "".join(json.dumps(sample, separators=(",", ":")) + "\n" for sample in samples)
         try:
             # mtime 0: the same samples are the same bytes.
@@ -296,7 +296,7 @@ def read_samples(run: Path | str, step: int | None = None) -> Iterator[dict[str,
     for number, path in sorted(files.items()):
         if step is not None and number != step:
             continue
-        for sample in _journal_samples(path)[1] if path.suffix == ".jsonl" else _kept_samples(path):
+        for sample in _step_samples(run, number, path):
             yield {**sample, "written": expanded(sample["written"])}
 
 
@@ -310,6 +310,19 @@ def rollout_digest(run: Path | str) -> str:
         for sample in read_samples(run)
     )
     return hashlib.sha256(b"".join(marks)).hexdigest()
+
+
+def _step_samples(run: Path, step: int, path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        try:
+            return _journal_samples(path)[1]
+        except FileNotFoundError:  # the run goes on and has kept them meanwhile
+            path = _kept_path(run, step)
+    return _kept_samples(path)
+
+
+def _kept_path(run: Path, step: int) -> Path:
+    return run / "samples" / f"step-{step:08d}.jsonl.gz"
 
 
 def _journal_samples(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

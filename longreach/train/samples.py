@@ -70,11 +70,12 @@ def main(options: SamplesOptions) -> None:
     setup_logging()
     check(options)
     chosen, seen = choose(options, read_samples(options.run, options.step))
-    if not chosen:
-        which = "none of them is asked for" if seen else "there is none of this step"
+    if not seen:
         raise RequestError(
-            f"{options.run} holds {seen} attempts and {which}; leave out --step, --task, --mode, --right or --wrong"
+            f"{options.run} has no attempt of step {options.step}; leave out --step to see the last ones"
         )
+    if not chosen:
+        raise RequestError(f"none of {seen:,} attempts is such a one; leave out --task, --mode, --right or --wrong")
     if options.html is not None:
         try:
             write_atomic(options.html, page(options.run, chosen, seen))

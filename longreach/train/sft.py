@@ -45,8 +45,9 @@ from longreach.train.tuning import COMMON, NewModel, Tuning, TuningOptions, save
 
 MTP_WEIGHT = 0.1
 BALANCE = 1e-4
-SHARE_OF_PRETRAINING_LR = 0.25
-"""A model that has learned something is moved less than one from nothing."""
+SHARE_OF_PRETRAINING_LR = 0.5
+"""A model that has learned something is moved less than one from nothing. Of the preset micro taught a mode it did not know,
+in 50 steps: validation loss 1.19 nats at an eighth, 0.87 at a quarter, 0.70 at half of that rate."""
 
 PROBES = 4
 """Steps timed for --minutes; the first is slower, because memory is still being asked for."""
@@ -101,15 +102,21 @@ def main(options: SFTOptions) -> int:
     check(options, settings)
     material = Material.open(settings)
     new = new_model(options, settings, material) if settings["preset"] else None
-    tuning = Tuning.begin("sft", options, settings, saved, new=new)
-
-    longest = min(settings["longest"], tuning.master.config.max_position_embeddings)
-    fitting = Fitting(longest, settings["too_long"] == "cut")
+    # All that can be wrong with the examples is found before anything is written.
+    if new is not None:
+        config, tokenizer = new.config, new.tokenizer
+    else:
+        source = Path(saved["source"]) if saved else find_model(options.run or "")
+        config, tokenizer = read_config(source), Tokenizer.load(source)
+    fitting = Fitting(min(settings["longest"], config.max_position_embeddings), settings["too_long"] == "cut")
     ends = settings["epochs"] is not None and options.steps is None and options.minutes is None
-    feed = material.feed(tuning.tokenizer, fitting, settings["batch_tokens"], settings["epochs"] if ends else None)
+    feed = material.feed(tokenizer, fitting, settings["batch_tokens"], settings["epochs"] if ends else None)
+    feed.check()
+    validation = material.validation(tokenizer, fitting)
+
+    tuning = Tuning.begin("sft", options, settings, saved, new=new)
     if tuning.extra:
         feed.load_state_dict(tuning.extra["feed"])
-    validation = material.validation(tuning.tokenizer, fitting)
     steps = planned_steps(options, saved, tuning, feed)
     if tuning.step >= steps:
         log.info("%s is finished: %d steps; give more --steps or --minutes to train on", tuning.run.path, tuning.step)
@@ -211,13 +218,14 @@ def new_model(options: SFTOptions, settings: dict[str, Any], material: Material)
 def planned_steps(options: SFTOptions, saved: dict[str, Any], tuning: Tuning, feed: ExampleFeed) -> int:
     """The number of steps: as asked, as time allows, or through the data. A run is planned once: what it learns then
     depends on no clock."""
-    if options.steps is not None:
-        return options.steps
-    if options.minutes is None:
-        if "planned_steps" in saved:
-            return saved["planned_steps"]
+    asked, minutes = options.steps, options.minutes
+    if asked is None and minutes is None:  # of a resumed run: what it began with
+        asked, minutes = saved.get("planned_steps") or saved.get("steps"), saved.get("minutes")
+    if asked is not None:
+        return asked
+    if minutes is None:
         return tuning.step + feed.count_steps()
-    seconds = options.minutes * 60
+    seconds = minutes * 60
     if tuning.step:
         return max(tuning.step, round(seconds / max(tuning.seconds / tuning.step, 1e-9)))
     began = time.perf_counter()

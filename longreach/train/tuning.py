@@ -221,7 +221,9 @@ class Tuning:
         config = {"command": command, **settings, **(record or {}), "source": str(source), "steps": options.steps,
                   "minutes": options.minutes, "threads": threads.value}  # fmt: skip
         if saved:
-            run.write_config({**saved, **{name: config[name] for name in ("steps", "minutes", "threads")}})
+            is_new_length = options.steps is not None or options.minutes is not None
+            changed = ("threads", "steps", "minutes") if is_new_length else ("threads",)
+            run.write_config({**saved, **{name: config[name] for name in changed}})
         else:
             run.create(config)
         if state is None:

@@ -1,0 +1,175 @@
+"""Weights that stay in FP8 or FP4 while others learn: codes are decoded where a product needs them, and let go again.
+
+    y = x decode(codes)ᵀ              forward
+    d_x = d_y decode(codes)           backward: decoded once more, nothing of the weight's size is ever saved
+
+Values are those of the decoded weight, bit for bit, so a model with frozen codes computes what `load_model` of the same
+checkpoint computes. The codes may be memory-mapped: a matrix that no token needs (an expert nobody chose) is never read.
+Used by `train.lora`. Source of the formats: `ops.quant`; DeepSeek-V4 report, section 5.2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from longreach.model.feedforward import MixtureOfExperts
+from longreach.model.layers import FP8_ACTIVATION_BLOCK
+from longreach.model.passing import Pass
+from longreach.ops.linear import linear
+from longreach.ops.moe import clamped_swiglu_reference, mixture_reference, parts_by_expert, swiglu_backward
+from longreach.ops.quant import fp4_weight_decode, fp8_roundtrip, fp8_weight_decode
+
+
+class Codes(NamedTuple):
+    """A stored matrix `[out, in]`.
+
+    Attributes:
+        codes: float8_e4m3fn `[out, in]`; int8 or uint8 `[out, in / 2]` with two E2M1 values a byte; or plain floats.
+        scales: of FP8 `[ceil(out/128), ceil(in/128)]`, of FP4 `[out, ceil(in/32)]`; None for plain floats.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.codes.shape
+        is_packed = self.scales is not None and self.codes.dtype != torch.float8_e4m3fn
+        return rows, 2 * columns if is_packed else columns
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The values; exact in bfloat16 and wider."""
+        if self.scales is None:
+            return self.codes.to(dtype)
+        if self.codes.dtype == torch.float8_e4m3fn:
+            return fp8_weight_decode(self.codes, self.scales, dtype)
+        return fp4_weight_decode(self.codes, self.scales, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+
+class FrozenLinear(nn.Module):
+    """A `layers.Linear` whose weight stays in codes and does not learn."""
+
+    stands_in = True
+
+    def __init__(self, codes: Codes, dtype: torch.dtype, *, rounds_input: bool = False) -> None:
+        super().__init__()
+        self.codes, self.dtype, self.rounds_input = codes, dtype, rounds_input
+
+    @property
+    def weight(self) -> Tensor:
+        """Decoded, for whoever needs the matrix itself."""
+        return self.codes.decode(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rounds_input:
+            x = fp8_roundtrip(x, FP8_ACTIVATION_BLOCK)
+        return _FrozenProduct.apply(x, self.codes, self.dtype)  # pyright: ignore[reportReturnType]
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.codes.shape
+        return f"{in_features} -> {out_features}, {str(self.codes.codes.dtype).removeprefix('torch.')} codes"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Codes, dtype: torch.dtype) -> Tensor:
+        ctx.codes, ctx.dtype = codes, dtype
+        return linear(x, codes.decode(dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad @ ctx.codes.decode(ctx.dtype), None, None
+
+
+class Stack:
+    """Matrices of all experts, each decoded when it is asked for; stands in for a tensor `[E, out, in]`."""
+
+    def __init__(self, experts: Sequence[Codes], dtype: torch.dtype) -> None:
+        self.experts, self.dtype = list(experts), dtype
+        self.shape = (len(self.experts), *self.experts[0].shape)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self.experts[expert].decode(self.dtype)
+
+
+class FrozenExperts(nn.Module):
+    """An `Experts` whose matrices stay in codes."""
+
+    stands_in = True
+
+    def __init__(self, w1: Stack, w3: Stack, w2: Stack) -> None:
+        super().__init__()
+        self.w1, self.w3, self.w2 = w1, w3, w2
+
+
+class FrozenMixture(MixtureOfExperts):
+    """A `MixtureOfExperts` over frozen experts; router and shared expert are ordinary modules."""
+
+    def forward(self, x_BTD: Tensor, pass_: Pass) -> Tensor:
+        chosen, weight = self.gate(x_BTD, pass_)
+        B, T, D = x_BTD.shape
+        flat, chosen, weight = x_BTD.reshape(B * T, D), chosen.flatten(0, 1), weight.flatten(0, 1)
+        experts = cast(FrozenExperts, self.experts)
+        if pass_.invariant:
+            stacks: Any = experts.w1, experts.w3, experts.w2
+            routed = _FrozenMixture.apply(flat, weight, experts, chosen, self.limit, self.fp8_block)
+        else:
+            routed = _FrozenMixture.apply(flat, weight, experts, chosen, self.limit, self.fp8_block)
+        shared = self.shared_experts(x_BTD).view(B * T, D)
+        return (cast(Tensor, routed) + shared).to(x_BTD.dtype).view(B, T, D)
+
+
+class _FrozenMixture(torch.autograd.Function):
+    """Σ_k weight_k · expert_k(x), one expert's matrices in memory at a time; keeps gate and up of every row.
+
+    Rounding of inputs passes gradients straight through, as everywhere.
+    """
+
+    @staticmethod
+    def forward(ctx, x_MD, weight_MK, experts: FrozenExperts, chosen_MK, limit: float, fp8_block: int) -> Tensor:
+        M, K = chosen_MK.shape
+        wide = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
+        order = chosen_MK.reshape(-1).argsort(stable=True)
+        counts = torch.bincount(chosen_MK.reshape(-1), minlength=experts.w1.shape[0]).tolist()
+        read = fp8_roundtrip(x_MD, fp8_block) if fp8_block else x_MD
+        gate, up = (x_MD.new_empty(M * K, experts.w1.shape[1]) for _ in range(2))
+        out = x_MD.new_empty(M * K, x_MD.shape[1])
+        for e, part in parts_by_expert(counts):
+            rows = read.index_select(0, order[part] // K)
+            torch.mm(rows, experts.w1[e].t(), out=gate[part])
+            torch.mm(rows, experts.w3[e].t(), out=up[part])
+            weight = weight_MK.reshape(-1, 1).index_select(0, order[part])
+            hidden = (clamped_swiglu_reference(gate[part], up[part], limit) * weight).to(x_MD.dtype)
+            torch.mm(fp8_roundtrip(hidden, fp8_block) if fp8_block else hidden, experts.w2[e].t(), out=out[part])
+        ctx.save_for_backward(weight_MK, order, gate, up)
+        ctx.experts, ctx.counts, ctx.limit = experts, counts, limit
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return out.index_select(0, back).view(M, K, -1).sum(dim=1, dtype=wide)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight_MK, order, gate, up = ctx.saved_tensors
+        experts: FrozenExperts = ctx.experts
+        K, grad = weight_MK.shape[1], grad.to(gate.dtype)
+        d_x = torch.zeros(grad.shape, dtype=weight_MK.dtype, device=grad.device)
+        d_weight = torch.zeros_like(weight_MK)
+        for e, part in parts_by_expert(ctx.counts):
+            slots = order[part]
+            tokens = slots // K
+            weight = weight_MK.reshape(-1, 1).index_select(0, slots)
+            active = clamped_swiglu_reference(gate[part], up[part], ctx.limit)
+            d_hidden = (grad.index_select(0, tokens) @ experts.w2[e]).to(active.dtype)
+            d_weight.view(-1).index_copy_(0, slots, active.mul_(d_hidden).sum(-1).to(d_weight.dtype))
+            d_gate, d_up = swiglu_backward(d_hidden.mul_(weight), gate[part], up[part], ctx.limit)
+            d_rows = d_gate.to(gate.dtype) @ experts.w1[e] + d_up.to(gate.dtype) @ experts.w3[e]
+            d_x.index_add_(0, tokens, d_rows.to(d_x.dtype))
+        return d_x.to(gate.dtype), d_weight, None, None, None, None
