@@ -264,6 +264,16 @@ def test_a_students_mtp_block_and_indexers_learn_along(tmp_path, runs):
     assert any(name.startswith("mtp.0.") for name in moved) and any(".indexer." in name for name in moved)
 
 
+def test_bfloat16_and_quantised_training_measure_nearly_the_same_divergence(runs, tmp_path):
+    found = {}
+    for precision, qat in (("float32", "plain"), ("bfloat16", "plain"), ("float32", "fp8")):
+        out = tmp_path / f"{precision}-{qat}"
+        main(options(runs, out, steps=1, precision=precision, qat=qat))
+        found[precision, qat] = records(out)[0]["divergence"]
+    exact = found["float32", "plain"]
+    assert all(value == pytest.approx(exact, rel=0.3) for value in found.values()), found
+
+
 def test_several_tasks_of_a_domain_share_its_teacher_and_a_kind_goes_before_a_domain(runs):
     teachers = ("science=a", "arithmetic=b", "mathematics=c")
     asked = options(runs, Path("out"), teacher=(teachers,), task=((SCIENCE,), (MATH,)))

@@ -138,6 +138,11 @@ def test_a_part_with_fewer_problems_is_said_to_have_fewer(evaluate, able):
     assert re.search(r"sums:level=1 has only \d\d different held-out problems", said.err)
 
 
+def test_what_a_model_writes_cannot_command_the_terminal():
+    assert evaluate_command._short("a\x1b[2Jb\rc\nd\u202e") == "a\ufffd[2Jb\ufffdc\nd\ufffd"
+    assert len(evaluate_command._short("x" * 10_000)) < 500
+
+
 def test_windows_that_are_too_small_are_said_to_be(evaluate):
     said = evaluate("--task sums --mode think-high,think-max --count 4 --window 12")
     assert (

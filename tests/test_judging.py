@@ -51,7 +51,7 @@ class Apart(Sums):
                 os.write(1, b"y" * 100_000)
                 return RIGHT
             case "leave":  # a child that goes on and holds on to whatever it inherited
-                subprocess.Popen(["sleep", "30"])
+                subprocess.Popen(["sleep", "30"], close_fds=False)
                 return RIGHT
             case float() as reward:
                 return Verdict(reward, True)
@@ -144,6 +144,9 @@ def test_slow_judges_run_beside_each_other_and_their_time_begins_with_their_own_
 
 
 def test_what_a_judge_leaves_behind_does_not_keep_the_pool_waiting(shared):
+    with Judging(workers=1, timeout_s=20) as alone:
+        verdicts = judge_all(alone, ["leave", "exit", "right"])
+    assert verdicts[::2] == [RIGHT, RIGHT] and verdicts[1].why.endswith("its process ended with 3")
     assert judge_all(shared, ["leave", "right"]) == [RIGHT, RIGHT]
     begin = time.monotonic()
     shared.close()

@@ -191,6 +191,20 @@ def test_the_same_seed_gives_the_same_score(tokenizer):
     assert ask(tokenizer, weak) == ask(tokenizer, weak)
 
 
+def test_what_is_drawn_follows_the_seed_and_the_problem(tokenizer):
+    def seeds(seed: int) -> list[int]:
+        source, found = ScriptedSource(tokenizer, able), []
+        submit = source.submit
+        source.submit = lambda turn: found.append(turn.params.seed) or submit(turn)
+        with Judging() as judging:
+            score(
+                source, tokenizer, [Sums({})], modes=["non-think"], count=20, seed=seed, window=WINDOW, judging=judging
+            )
+        return found
+
+    assert seeds(1) == seeds(1) and len({*seeds(1), *seeds(2)}) == 40
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"count": 0}, "ask at least 1"), ({"modes": ["think-max"]}, "no window is given for mode think-max")],

@@ -63,7 +63,7 @@ def load_model(
             if stored.unit.expert is not None:
                 target = target[stored.unit.expert]
             target.copy_(checkpoint.read(stored))
-    _check_routing_tables(model, config, directory)
+    check_routing_tables(model, config, directory)
     return model
 
 
@@ -77,7 +77,8 @@ def _natural_dtype(stored_units: list[StoredUnit], device: torch.device) -> torc
     return torch.bfloat16 if device.type == "cuda" and not wide else torch.float32
 
 
-def _check_routing_tables(model: Transformer, config: ModelConfig, directory: Path) -> None:
+def check_routing_tables(model: Transformer, config: ModelConfig, directory: Path) -> None:
+    """Raise CheckpointError if a hash-routed layer's table names an expert that there is none of."""
     for name, table in model.state_dict().items():
         if name.endswith(".tid2eid") and not bool(((table >= 0) & (table < config.n_routed_experts)).all()):
             raise CheckpointError(

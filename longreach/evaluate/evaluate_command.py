@@ -254,6 +254,8 @@ class _Watch:
 
 
 def _short(text: str) -> str:
+    # What a model writes may hold characters that a terminal obeys.
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"
 
 

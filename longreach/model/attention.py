@@ -85,8 +85,7 @@ class Attention(nn.Module):
         c = self.config
         B, T = o_BTNH.shape[:2]
         grouped = o_BTNH.reshape(B * T, c.o_groups, -1).transpose(0, 1)
-        low = torch.bmm(grouped, self.wo_a.weight.view(c.o_groups, c.o_lora_rank, -1).transpose(1, 2))
-        return self.wo_b(low.transpose(0, 1).reshape(B, T, -1))
+        return self.wo_b(self.wo_a.grouped(grouped).transpose(0, 1).reshape(B, T, -1))
 
     def round_entries(self, kv: Tensor) -> Tensor:
         """FP8 round-trip of the position-free channels where the released code makes one."""

@@ -102,14 +102,16 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor, pass_: Pass) -> Tensor:
         chosen, weight = self.gate(x_BTD, pass_)
         B, T, D = x_BTD.shape
-        flat, chosen, weight = x_BTD.reshape(B * T, D), chosen.flatten(0, 1), weight.flatten(0, 1)
-        stacked = self.experts.w1, self.experts.w3, self.experts.w2, self.limit, self.fp8_block
-        if pass_.invariant:
-            routed = mixture_reference(flat, chosen, weight, *stacked, pass_.real_rows)
-        else:
-            routed = mixture(flat, chosen, weight, *stacked)
+        routed = self.mix(x_BTD.reshape(B * T, D), chosen.flatten(0, 1), weight.flatten(0, 1), pass_)
         shared = self.shared_experts(x_BTD).view(B * T, D)
         return (routed + shared).to(x_BTD.dtype).view(B, T, D)
+
+    def mix(self, x_MD: Tensor, chosen_MK: Tensor, weight_MK: Tensor, pass_: Pass) -> Tensor:
+        """What the routed experts say, `[M, D]` in float32 (float64 for float64)."""
+        stacked = self.experts.w1, self.experts.w3, self.experts.w2, self.limit, self.fp8_block
+        if pass_.invariant:
+            return mixture_reference(x_MD, chosen_MK, weight_MK, *stacked, pass_.real_rows)
+        return mixture(x_MD, chosen_MK, weight_MK, *stacked)
 
 
 def spread_table(vocab_size: int, experts: int, k: int, seed: int) -> Tensor:

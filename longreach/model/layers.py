@@ -30,6 +30,11 @@ class Linear(nn.Module):
             x = fp8_roundtrip(x, FP8_ACTIVATION_BLOCK)
         return linear(x, self.weight)
 
+    def grouped(self, x_GMI: Tensor) -> Tensor:
+        """Each group of rows by its own share of the outputs, inputs unrounded: `[G, M, in]` to `[G, M, out / G]`."""
+        groups, _, in_features = x_GMI.shape
+        return torch.bmm(x_GMI, self.weight.view(groups, -1, in_features).transpose(1, 2))
+
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
         return f"{in_features} -> {out_features}" + (", FP8 input" if self.rounds_input else "")

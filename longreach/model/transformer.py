@@ -123,7 +123,8 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        """What it computes in. The tables of a model with frozen weights may be stored in a narrower one."""
+        return cast(RMSNorm, self.norm).weight.dtype
 
     def new_cache(self, batch_size: int = 1, precision: Precision | None = None) -> ContiguousCache:
         """An empty cache for this model. `precision` None stores in the model's dtype (float32 for wider ones)."""

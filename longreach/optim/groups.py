@@ -46,6 +46,8 @@ ROLES = (
     Role("feed-forward", "muon", r"#\.ffn\.w[123]\.weight"),
     Role("mHC matrices", "muon", r"(#\.)?(attn_hc|ffn_hc|collapse)\.fn"),
     Role("MTP projections", "muon", r"#\.[eh]_proj\.weight"),
+    # Of low rank by design: Muon would even out the few directions that an adapter has.
+    Role("adapters", "adamw", r"(.*\.)?(w\d_)?lora_[AB]"),
 )
 """Every parameter of a Longreach model matches exactly one. The router's balancing bias is a buffer, moved by the trainer."""
 

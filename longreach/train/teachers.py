@@ -7,7 +7,7 @@
 A teacher is asked in two halves. Its body turns a batch's samples into last hidden states, which are small; its head turns
 those into logits where they are needed, a tile at a time (`ops.reverse_kl`). So a step holds one head and no more bodies
 than `resident`, however many teachers there are, and samples are ordered by teacher so that each half is read once a batch.
-Source: DeepSeek-V4 report, section 5.2.2.
+Source: DeepSeek-V4 report, section 5.2.
 """
 
 from __future__ import annotations
