@@ -435,7 +435,8 @@ def _matches(pattern: str, name: str) -> bool:
 
 def test_every_role_of_the_table_occurs_in_some_model():
     found = {g["role"] for config in CONFIGS.values() for g in parameter_groups(Transformer(config, device="meta"))}
-    assert found == {role.name for role in ROLES}
+    # adapters are added to a model (tests/test_lora.py), no configuration has them
+    assert found == {role.name for role in ROLES} - {"adapters"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -481,12 +481,15 @@ def _reports(logits_BV: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]
     if not asking:
         return {}
     logprobs_RV = logits_BV[asking].log_softmax(dim=-1)
+    drawn = torch.tensor([tokens[r] for r in asking], device=logits_BV.device)
+    own = logprobs_RV.gather(1, drawn[:, None])[:, 0].tolist()
     out = {}
-    for logprobs_V, r in zip(logprobs_RV, asking, strict=True):
-        count = rows[r].params.logprobs or 0
-        ids = top_ids(logits_BV[r], count) if count else torch.empty(0, dtype=torch.int64, device=logits_BV.device)
-        top = list(zip(ids.tolist(), logprobs_V[ids].tolist(), strict=True))
-        out[r] = Sampled(tokens[r], float(logprobs_V[tokens[r]]), top)
+    for place, r in enumerate(asking):
+        top: list[tuple[int, float]] = []
+        if count := rows[r].params.logprobs:
+            ids = top_ids(logits_BV[r], count)
+            top = list(zip(ids.tolist(), logprobs_RV[place, ids].tolist(), strict=True))
+        out[r] = Sampled(tokens[r], own[place], top)
     return out
 
 

@@ -382,7 +382,17 @@ def fp8_weight_decode(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     grid = (*codes.shape[:-2], -(-rows // WEIGHT_TILE), -(-columns // WEIGHT_TILE))
     if tuple(scale.shape) != grid:
         raise ShapeError(f"an FP8 weight {tuple(codes.shape)} needs scales {grid}, got {tuple(scale.shape)}")
-    return (codes.float() * _per_tile(scale, rows, columns)).to(dtype)
+    if codes.device.type == "cpu":  # torch converts one by one: a look-up takes a quarter of the time
+        table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        values = table.index_select(0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
+    else:
+        values = codes.float()
+    if rows % WEIGHT_TILE == 0 and columns % WEIGHT_TILE == 0:
+        factor = scale if scale.dtype == torch.float32 else e8m0_to_float(scale)
+        tiles = values.view(*scale.shape[:-1], WEIGHT_TILE, scale.shape[-1], WEIGHT_TILE)
+        tiles.mul_(factor[..., :, None, :, None])
+        return values.to(dtype)
+    return values.mul_(_per_tile(scale, rows, columns)).to(dtype)
 
 
 def fp4_weight_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -413,4 +423,10 @@ def fp4_weight_decode(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.
         raise ShapeError(
             f"an FP4 weight packed as {tuple(packed.shape)} needs scales {expected}, got {tuple(scale.shape)}"
         )
-    return fp4_dequantize(packed.view(torch.uint8), scale, FP4_WEIGHT_BLOCK, dtype)
+    packed, width = packed.view(torch.uint8), 2 * packed.shape[-1]
+    if packed.device.type != "cpu" or width % FP4_WEIGHT_BLOCK:
+        return fp4_dequantize(packed, scale, FP4_WEIGHT_BLOCK, dtype)
+    # Both values of a byte by one look-up of eight bytes: a quarter of the time.
+    pairs = e2m1_decode(_unpack_nibbles(torch.arange(256, dtype=torch.uint8))).view(torch.int64)
+    values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32).view(*scale.shape, FP4_WEIGHT_BLOCK)
+    return values.mul_(e8m0_to_float(scale).unsqueeze(-1)).view(*packed.shape[:-1], width).to(dtype)
