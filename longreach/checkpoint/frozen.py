@@ -1,6 +1,8 @@
 """From a checkpoint to a model whose quantised weights stay as they are stored: `model.frozen`, for training beside them.
 
-model = load_frozen("DeepSeek-V4-Flash")         FP8 and FP4 codes memory-mapped, all else in `dtype`; nothing learns
+    model = load_frozen("DeepSeek-V4-Flash")         FP8 and FP4 codes memory-mapped, all else in `dtype`; nothing learns
+
+The files must stay as they are while the model is used: what is mapped is read when it is needed.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from longreach.checkpoint.load import check_routing_tables
 from longreach.checkpoint.reader import Checkpoint
 from longreach.model.config_io import read_config
 from longreach.model.feedforward import MixtureOfExperts
-from longreach.model.frozen import Codes, FrozenExperts, FrozenLinear, FrozenMixture, Stack
+from longreach.model.frozen import Codes, FrozenEmbedding, FrozenExperts, FrozenLinear, FrozenMixture, Stack
 from longreach.model.layers import Linear
 from longreach.model.transformer import Transformer
 from longreach.rundir import find_model
@@ -54,32 +57,39 @@ def load_frozen(
                 frozen = FrozenLinear(
                     Codes(codes.to(device), _to(scales, device)), dtype, rounds_input=module.rounds_input
                 )
-                _put(model, owner, frozen)
+                put(model, owner, frozen)
+            elif name == "embed.weight":
+                table = codes.to(device, _narrower(codes.dtype, dtype))
+                put(model, owner, FrozenEmbedding(table, dtype))
             elif leaf in module._buffers:
                 module._buffers[leaf] = codes.to(device, module._buffers[leaf].dtype)  # pyright: ignore[reportOptionalMemberAccess]
             else:
                 meant = module._parameters[leaf]
                 assert meant is not None
-                is_table = name in ("embed.weight", "head.weight") and codes.dtype.itemsize < meant.dtype.itemsize
-                value = codes.to(device, codes.dtype if is_table else meant.dtype, copy=not is_table)
+                if name == "head.weight":
+                    value = codes.to(device, _narrower(codes.dtype, dtype))
+                else:
+                    value = codes.to(device, meant.dtype, copy=True)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     for name in sorted({name.rpartition(".")[0] for name in stacks}):
         held = {leaf: stacks[f"{name}.{leaf}"] for leaf in ("w1", "w3", "w2")}
         ordered = {leaf: Stack([of[e] for e in sorted(of)], dtype) for leaf, of in held.items()}
-        _freeze_experts(model, name, FrozenExperts(**ordered))
+        owner = name.rpartition(".")[0]
+        mixture = model.get_submodule(owner)
+        assert isinstance(mixture, MixtureOfExperts), name
+        put(model, owner, FrozenMixture(mixture, FrozenExperts(**ordered)))
+    check_routing_tables(model, config, directory)
     return model.requires_grad_(False)
 
 
-def _freeze_experts(model: Transformer, name: str, experts: FrozenExperts) -> None:
-    mixture = model.get_submodule(name.rpartition(".")[0])
-    assert isinstance(mixture, MixtureOfExperts), name
-    mixture.experts = experts  # pyright: ignore[reportAttributeAccessIssue]
-    mixture.__class__ = FrozenMixture
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let a module stand where the one of this name stood."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)
+
+
+def _narrower(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    return stored if stored.itemsize <= wanted.itemsize else wanted
 
 
 def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

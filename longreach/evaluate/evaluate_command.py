@@ -370,14 +370,15 @@ def _shown(difference: Difference) -> str:
 def _record(
     options: EvaluateOptions, scores: Sequence[Score], compared: Sequence[Difference | None], window: int, watch: _Watch
 ) -> dict[str, Any]:
-    figures = [
+    listed = [
         {**found.record(), "against": difference._asdict() if difference is not None else None}
         for found, difference in zip(scores, compared, strict=True)
     ]
     return {
         "command": "evaluate", "run": str(options.run), "split": options.split, "seed": options.seed,
         "temperature": options.temperature, "window": window, "seconds": round(watch.seconds, 1),
-        "tokens": watch.tokens, "figures": figures,
+        "tokens": watch.tokens, "scores": listed,
+        "figures": {f"{found.task}, {found.mode}": found.accuracy for found in scores},
     }  # fmt: skip
 
 

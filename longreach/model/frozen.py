@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.model.feedforward import MixtureOfExperts
@@ -72,11 +73,34 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.rounds_input:
             x = fp8_roundtrip(x, FP8_ACTIVATION_BLOCK)
-        return _FrozenProduct.apply(x, self.codes, self.dtype)  # pyright: ignore[reportReturnType]
+        return frozen_product(x, self.codes, self.dtype)
+
+    def grouped(self, x_GMI: Tensor) -> Tensor:
+        """As of `Linear`."""
+        return _FrozenGroups.apply(x_GMI, self.codes, self.dtype)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
         out_features, in_features = self.codes.shape
         return f"{in_features} -> {out_features}, {str(self.codes.codes.dtype).removeprefix('torch.')} codes"
+
+
+class FrozenEmbedding(nn.Module):
+    """An embedding whose table does not learn, in the dtype it is stored in; its rows come out in `dtype`."""
+
+    stands_in = True
+
+    def __init__(self, weight_VD: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_VD, requires_grad=False)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight).to(self.dtype)
+
+
+def frozen_product(x: Tensor, codes: Codes, dtype: torch.dtype) -> Tensor:
+    """`x [..., in]` times the decoded matrix transposed; the gradient reaches `x` alone."""
+    return _FrozenProduct.apply(x, codes, dtype)  # pyright: ignore[reportReturnType]
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -88,6 +112,21 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad @ ctx.codes.decode(ctx.dtype), None, None
+
+
+class _FrozenGroups(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_GMI: Tensor, codes: Codes, dtype: torch.dtype) -> Tensor:
+        ctx.codes, ctx.dtype = codes, dtype
+        return torch.bmm(x_GMI, _in_groups(codes, dtype, len(x_GMI)).transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad_GMO: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.bmm(grad_GMO, _in_groups(ctx.codes, ctx.dtype, len(grad_GMO))), None, None
+
+
+def _in_groups(codes: Codes, dtype: torch.dtype, groups: int) -> Tensor:
+    return codes.decode(dtype).view(groups, -1, codes.shape[1])
 
 
 class Stack:
@@ -112,20 +151,25 @@ class FrozenExperts(nn.Module):
 
 
 class FrozenMixture(MixtureOfExperts):
-    """A `MixtureOfExperts` over frozen experts; router and shared expert are ordinary modules."""
+    """A `MixtureOfExperts` over frozen experts, with the router and the shared expert of `mixture`.
 
-    def forward(self, x_BTD: Tensor, pass_: Pass) -> Tensor:
-        chosen, weight = self.gate(x_BTD, pass_)
-        B, T, D = x_BTD.shape
-        flat, chosen, weight = x_BTD.reshape(B * T, D), chosen.flatten(0, 1), weight.flatten(0, 1)
+    In the invariant arithmetic every token goes through every chosen expert, as in the ordinary one; a gradient asked for
+    there keeps the decoded matrices.
+    """
+
+    stands_in = True
+
+    def __init__(self, mixture: MixtureOfExperts, experts: FrozenExperts) -> None:
+        nn.Module.__init__(self)
+        self.gate, self.shared_experts, self.experts = mixture.gate, mixture.shared_experts, experts
+        self.limit, self.fp8_block = mixture.limit, mixture.fp8_block
+
+    def mix(self, x_MD: Tensor, chosen_MK: Tensor, weight_MK: Tensor, pass_: Pass) -> Tensor:
         experts = cast(FrozenExperts, self.experts)
         if pass_.invariant:
             stacks: Any = experts.w1, experts.w3, experts.w2
-            routed = _FrozenMixture.apply(flat, weight, experts, chosen, self.limit, self.fp8_block)
-        else:
-            routed = _FrozenMixture.apply(flat, weight, experts, chosen, self.limit, self.fp8_block)
-        shared = self.shared_experts(x_BTD).view(B * T, D)
-        return (cast(Tensor, routed) + shared).to(x_BTD.dtype).view(B, T, D)
+            return mixture_reference(x_MD, chosen_MK, weight_MK, *stacks, self.limit, self.fp8_block, pass_.real_rows)
+        return _FrozenMixture.apply(x_MD, weight_MK, experts, chosen_MK, self.limit, self.fp8_block)  # pyright: ignore[reportReturnType]
 
 
 class _FrozenMixture(torch.autograd.Function):

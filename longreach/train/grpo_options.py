@@ -23,8 +23,9 @@ KEY_VARIABLE = "LONGREACH_ROLLOUT_KEY"
 WINDOWS: dict[Mode, int] = {"non-think": 64, "think-high": 256, "think-max": 384}
 """Tokens of an episode at most: the announcement's 8K, 128K and 384K are for models a million times as large."""
 
-LEARNING_RATES = {"muon": 5e-4, "adamw": 2e-4}
-"""About a fortieth of the rates of pretraining: rewards say little, and a policy that has moved too far gets none."""
+LEARNING_RATES = {"muon": 1e-3, "adamw": 3e-4}
+"""About a twentieth of the rates of pretraining. Preset micro on products of 2 x 1 digits, 24 steps of 128 attempts: attempts
+right went from 44 % to 55 % at 0.0005 and at 0.001, to 53 % at 0.002, and nowhere at 0.004."""
 
 
 @dataclass(frozen=True, kw_only=True)

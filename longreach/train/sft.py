@@ -41,7 +41,7 @@ from longreach.train.plot import plot_losses
 from longreach.train.recipe import PEAK_LR_AT_128
 from longreach.train.schedule import learning_rate
 from longreach.train.stopping import StopRequest, stop_signals
-from longreach.train.tuning import COMMON, NewModel, Tuning, TuningOptions, saved_settings, settle
+from longreach.train.tuning import ADAPTERS, COMMON, NewModel, Tuning, TuningOptions, saved_settings, settle
 
 MTP_WEIGHT = 0.1
 BALANCE = 1e-4
@@ -266,13 +266,9 @@ def learned_targets(batch: ExampleBatch, ahead: int = 1) -> Tensor:
 
 
 def covered_tokens(config: ModelConfig) -> int:
-    """How long an example may be for its CSA layers to select every entry there is. 0 or more; without CSA layers, any."""
-    ratios = [
-        config.compress_ratios[layer]
-        for layer in range(len(config.compress_ratios))
-        if config.layer_kind(layer) == "csa"
-    ]
-    return config.index_topk * min(ratios) if ratios else config.max_position_embeddings
+    """How long an example may be for its CSA layers to select every entry there is: after T tokens there are T // ratio."""
+    csa = [config.compress_ratios[i] for i in range(config.num_hidden_layers) if config.layer_kind(i) == "csa"]
+    return (config.index_topk + 1) * min(csa) - 1 if csa else config.max_position_embeddings
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -463,11 +459,13 @@ def _report(options: SFTOptions, sft: SFT, stop: StopRequest) -> int:
         log.info("%s demonstrations were too long and left out", f"{sft.feed.left_out:,}")
     if sft.finished and sft.validation:
         log.info("validation %.3f nats per learned token, %.1f %% of them right", sft.val_loss, 100 * sft.val_accuracy)
-    follow_up = f"longreach sft --out {run.path} --resume" if stop.asked else f"longreach chat {run.path}"
+    then = "chat" if tuning.has_model else "merge"
+    follow_up = f"longreach sft --out {run.path} --resume" if stop.asked else f"longreach {then} {run.path}"
     if options.json:
         print(json_line({"command": "sft", "run": str(run.path), "finished": sft.finished, **figures,
                          "figures": figures}))  # fmt: skip
     else:
-        print(f"{'stopped and saved' if stop.asked else 'model'}: {run.model_dir}")
+        made, place = ("model", run.model_dir) if tuning.has_model else ("adapters", run.path / ADAPTERS)
+        print(f"{'stopped and saved' if stop.asked else made}: {place}")
         print(f"next: {follow_up}")
     return 128 + stop.signal if stop.asked else 0

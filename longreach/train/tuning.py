@@ -25,7 +25,9 @@ import torch
 import tyro
 from torch import Tensor
 
+from longreach.checkpoint.frozen import load_frozen
 from longreach.checkpoint.load import load_model
+from longreach.checkpoint.merge import write_merged
 from longreach.checkpoint.save import save_model
 from longreach.errors import RequestError
 from longreach.model.config import ModelConfig
@@ -35,9 +37,28 @@ from longreach.rundir import RunDirectory, find_model
 from longreach.runtime import choose_device, log, seed_everything, set_threads
 from longreach.tokenizer.bpe import Tokenizer
 from longreach.train.balance import balance_experts
+from longreach.train.lora import (
+    DEFAULT_TARGETS,
+    Adaptation,
+    adapt,
+    adapter_state,
+    deltas,
+    follow,
+    load_adapters,
+    save_adapters,
+)
 from longreach.train.mirror import Mirror, open_mirror
 from longreach.train.state import newest_state, save_state, state_files
 from longreach.train.working import clip_gradients, sharing, working_copy
+
+ADAPTERS = "adapters"
+"""Folder of a run with --lora that holds what learned."""
+
+MERGED_BY_DEFAULT = 1 << 30
+"""Bytes of a base below which every checkpoint also holds the merged model, so that the run is one like any other."""
+
+LARGEST_MERGED = 2 << 30
+"""Bytes of a merged copy that attempts may be drawn from."""
 
 Several = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 """Of an option that takes one or several texts and may be repeated: `--task a b` and `--task a --task b` are the same. The
@@ -64,6 +85,16 @@ class TuningOptions:
     """Arithmetic of forward and backward (default float32); the weights that learn are float32 in either."""
     qat: Literal["plain", "fp8", "fp8-fp4"] | None = None
     """Train for weights stored in FP8, or FP8 with FP4 experts."""
+    lora: int | None = None
+    """Train adapters of this rank and nothing else; the weights of RUN stay as they are stored, in FP8 or FP4 too."""
+    lora_alpha: float | None = None
+    """What adapters count for: their product is multiplied by this over the rank (default: twice the rank)."""
+    lora_targets: Several = ()
+    """What gets adapters: attention, shared (the experts every token visits), experts (the routed ones, one adapter each),
+    head (default: attention shared)."""
+    lora_merge: Literal["always", "never"] | None = None
+    """Whether checkpoints also write the model with its adapters merged (default: always where RUN's weights are below 1 GiB,
+    else never; `longreach merge` does it later)."""
     seed: int | None = None
     """Decides the order of the data and every draw (default 0)."""
     resume: bool = False
@@ -82,6 +113,7 @@ class TuningOptions:
 
 COMMON: dict[str, Any] = {
     "lr": None, "optimizer": "muon", "precision": "float32", "qat": "plain", "seed": 0, "checkpoint_every": 20,
+    "lora": None, "lora_alpha": None, "lora_targets": None, "lora_merge": None,
 }  # fmt: skip
 """Defaults that commands share; each adds its own and gives `lr`."""
 
@@ -165,6 +197,7 @@ class Tuning:
         run: its directory.
         source: directory of the weights it began with.
         master: the float32 weights that learn; `model`: the one that computes with them (the same, or a rounded copy).
+        adaptation: with --lora, which adapters the master has; it is then a frozen model of which they alone learn.
         step, seconds: done so far, over all sittings.
         extra: what the loop had saved, in a resumed run; else empty.
     """
@@ -173,8 +206,11 @@ class Tuning:
                  settings: Mapping[str, Any], device: torch.device) -> None:  # fmt: skip
         self.run, self.source, self.master, self.tokenizer, self.device = run, source, master, tokenizer, device
         self.settings = settings
-        dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
-        self.working = working_copy(master, dtype, settings["qat"])
+        self.adaptation = adaptation_of(settings)
+        self.working = None
+        if self.adaptation is None:  # else the master computes itself: adapters are float32 in any arithmetic
+            self.working = working_copy(master, arithmetic(settings), settings["qat"])
+        self.merged: MergedModel | None = None
         self.model = self.working.model if self.working else master
         self.optimizer: HybridOptimizer = make_optimizers(master, settings["lr"], kind=settings["optimizer"])
         self.step, self.seconds = 0, 0.0
@@ -201,6 +237,7 @@ class Tuning:
         if settings["checkpoint_every"] < 1:
             raise RequestError(f"--checkpoint-every {settings['checkpoint_every']} must be at least 1")
         check_length(options)
+        adaptation = settle_lora(settings, is_new=new is not None)
         run, device = RunDirectory(options.out), choose_device(options.device)
         threads = set_threads(saved.get("threads") if options.threads is None else options.threads, watch_s=1.0)
         seed_everything(settings["seed"])
@@ -212,7 +249,13 @@ class Tuning:
         else:
             source = Path(saved["source"]) if saved else find_model(options.run or "")
             tokenizer = Tokenizer.load(run.tokenizer_path if run.tokenizer_path.is_file() else source)
-            master = load_model(source, dtype=torch.float32, device=device.value)
+            if adaptation is None:
+                master = load_model(source, dtype=torch.float32, device=device.value)
+            else:
+                if settings["lora_merge"] is None:
+                    settings["lora_merge"] = "always" if weight_bytes(source) < MERGED_BY_DEFAULT else "never"
+                frozen = load_frozen(source, dtype=arithmetic(settings), device=device.value)
+                master = adapt(frozen, adaptation, settings["seed"])
         tuning = cls(run, source, master, tokenizer, settings, device.value)
         if saved:
             if state is not None:
@@ -235,7 +278,10 @@ class Tuning:
             log.info("%-10s %s", label, choice)
         log.info("%-10s %s, %s weights learn at %g with %s", "model", source,
                  f"{sum(p.numel() for p in master.parameters() if p.requires_grad):,}", settings["lr"],
-                 settings["optimizer"])  # fmt: skip
+                 settings["optimizer"] if adaptation is None else "adamw, as adapters do")  # fmt: skip
+        if adaptation is not None:
+            log.info("%-10s rank %d, scale %g, at %s; all else stays as it is stored", "adapters", adaptation.rank,
+                     adaptation.scale, ", ".join(adaptation.targets))  # fmt: skip
         if tuning.step:
             log.info("%-10s from step %d", "resumed", tuning.step)
         tuning._clock = time.perf_counter()
@@ -252,10 +298,20 @@ class Tuning:
         """Make the computing weights follow the learning ones."""
         if self.working:
             self.working.refresh()
+        if self.merged:
+            self.merged.refresh()
 
     def rollout_model(self) -> Transformer:
         """The computing weights in invariant arithmetic, for an engine: what it draws depends on no company. Call the
-        engine's `weights_changed()` after each update."""
+        engine's `weights_changed()` after each update. Adapters are merged into a model of its own, which follows them.
+
+        Raises:
+            RequestError: that model would be too large.
+        """
+        if self.adaptation is not None:
+            if self.merged is None:
+                self.merged = MergedModel(self.source, self.master)
+            return self.merged.model
         return sharing(self.model, arithmetic="invariant").eval()
 
     def update(self, routing: Mapping[int, Tensor] | None = None, real_BT: Tensor | None = None, *,
@@ -273,7 +329,7 @@ class Tuning:
         self.optimizer.scale_lr(lr_factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if routing:
+        if routing and self.adaptation is None:  # a router that stays as it is keeps its biases too
             balance_experts(self.master, dict(routing), real_BT, bias_speed)
         self.refresh()
         if ends_step:
@@ -302,16 +358,36 @@ class Tuning:
 
     def save(self, extra: Mapping[str, Any]) -> None:
         """Save all there is to go on from, and the model to use."""
+        weights = self.master.state_dict() if self.adaptation is None else adapter_state(self.master)
         state = {
-            "model": self.master.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model": weights, "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(), "step": self.step, "seconds": self.seconds, "extra": dict(extra),
         }  # fmt: skip
         save_state(self.run.state_dir, self.step, state, self.settings["checkpoint_every"])
-        save_model(self.master, self.run.model_dir, weight_format=self.settings["qat"], tokenizer=self.tokenizer)
+        if self.adaptation is not None:
+            save_adapters(self.master, self.run.path / ADAPTERS, self.adaptation, self.source)
+        if self.has_model:
+            self.save_weights()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether checkpoints write RUN/model; else there are adapters, which `longreach merge` makes a model of."""
+        return self.adaptation is None or self.settings["lora_merge"] == "always"
+
+    def save_weights(self) -> None:
+        """Write RUN/model: the weights there are now, adapters merged."""
+        folder = self.run.model_dir
+        if self.adaptation is None:
+            save_model(self.master, folder, weight_format=self.settings["qat"], tokenizer=self.tokenizer)
+        else:
+            write_merged(self.source, folder, deltas(self.master), self.tokenizer)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Stand exactly where the state was saved."""
-        self.master.load_state_dict(state["model"])
+        if self.adaptation is None:
+            self.master.load_state_dict(state["model"])
+        else:
+            load_adapters(self.master, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         self.step, self.seconds, self.extra = state["step"], state["seconds"], dict(state["extra"])
@@ -330,6 +406,73 @@ def check_length(options: TuningOptions) -> None:
         raise RequestError(f"--steps {options.steps} must be at least 1")
     if options.minutes is not None and not options.minutes > 0:
         raise RequestError(f"--minutes {options.minutes:g} must be above 0")
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+class MergedModel:
+    """An ordinary model, in invariant arithmetic, whose weights follow a frozen base and the adapters of `master`.
+
+    Raises:
+        RequestError: it would take more memory than `LARGEST_MERGED`.
+    """
+
+    def __init__(self, source: Path, master: Transformer) -> None:
+        needed = count_parameters(master.config).total * master.dtype.itemsize
+        if needed > LARGEST_MERGED:
+            raise RequestError(
+                f"attempts of a model with adapters are drawn from a merged copy in {str(master.dtype)[6:]}, which would take "
+                f"{needed / 2**30:.1f} GiB; up to {LARGEST_MERGED / 2**30:g} are offered: train such a model by sft"
+            )
+        self.master = master
+        self.model = load_model(source, dtype=master.dtype, device=master.device, arithmetic="invariant").eval()
+        self.model.requires_grad_(False)
+        self.base = {name: self.model.get_parameter(name).clone() for name in deltas(master)}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what the adapters have become."""
+        follow(self.model, self.base, self.master)
+
+
+def adaptation_of(settings: Mapping[str, Any]) -> Adaptation | None:
+    """What --lora asks for; None without it.
+
+    Raises:
+        RequestError: a rank, alpha or target that makes no sense.
+    """
+    if settings.get("lora") is None:
+        return None
+    return Adaptation(settings["lora"], settings["lora_alpha"], tuple(settings["lora_targets"] or DEFAULT_TARGETS))
+
+
+def settle_lora(settings: Mapping[str, Any], is_new: bool) -> Adaptation | None:
+    """Check --lora against the options beside it.
+
+    Raises:
+        RequestError: the line names the option.
+    """
+    if settings["lora"] is None:
+        for name in ("lora_alpha", "lora_targets", "lora_merge"):
+            if settings[name] is not None:
+                raise RequestError(f"--{name.replace('_', '-')} is about adapters; give --lora RANK, or leave it out")
+        return None
+    if is_new:
+        raise RequestError("--lora trains beside weights that have learned something; with --preset there are none")
+    if settings["qat"] != "plain":
+        raise RequestError(f"--qat {settings['qat']} trains the weights that are stored; with --lora they stay, leave it out")
+    return adaptation_of(settings)
+
+
+def arithmetic(settings: Mapping[str, Any]) -> torch.dtype:
+    """Of forward and backward."""
+    return torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
+
+
+def weight_bytes(directory: Path) -> int:
+    """Of a checkpoint's files."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def settings_of(instance: Any) -> dict[str, Any]:
