@@ -48,8 +48,12 @@ COMMANDS: dict[str, Command] = {
         "longreach.train.train_indexer", "TrainIndexerOptions", "train the indexers of a checkpoint, nothing else"
     ),
     "sft": Command("longreach.train.sft", "SFTOptions", "teach a model by examples: conversations, or solved tasks"),
-    "grpo": Command("longreach.train.grpo", "GRPOOptions", "teach a model by rewards: its own attempts at tasks, judged"),
-    "distill": Command("longreach.train.distill", "DistillOptions", "merge experts: a student learns on its own samples"),
+    "grpo": Command(
+        "longreach.train.grpo", "GRPOOptions", "teach a model by rewards: its own attempts at tasks, judged"
+    ),
+    "distill": Command(
+        "longreach.train.distill", "DistillOptions", "merge experts: a student learns on its own samples"
+    ),
     "average": Command("longreach.train.average", "AverageOptions", "average the weights of several runs"),
     "samples": Command("longreach.train.samples", "SamplesOptions", "read what a model wrote while it was trained"),
     "tasks list": Command("longreach.tasks.tasks_command", "TasksOptions", "the tasks there are"),

@@ -118,5 +118,21 @@ def find_model(path: str | Path) -> Path:
     raise RequestError(f"{path} holds no model; a checkpoint directory has config.json and .safetensors files")
 
 
+def recorded(path: str | Path, name: str) -> Any:
+    """What the run that made a model recorded under this name in its config.json; None for other checkpoints.
+
+    Args:
+        path: as for `find_model`.
+    """
+    for directory in (Path(path), Path(path).parent):
+        try:
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and "command" in config:
+            return config.get(name)
+    return None
+
+
 def _has_weights(directory: Path) -> bool:
     return any(directory.glob("*.safetensors")) or any(directory.glob("*.safetensors.index.json"))

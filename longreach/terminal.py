@@ -37,7 +37,7 @@ from longreach.engine.request import Request
 from longreach.engine.sampling import FinishReason, SamplingParams
 from longreach.errors import RequestError
 from longreach.generate import SAMPLING_NAMES, RunOptions, SamplingOptions, Stopwatch, counted_seed
-from longreach.rundir import find_model
+from longreach.rundir import find_model, recorded
 from longreach.runtime import log, setup_logging, write_atomic
 from longreach.tokenizer.bpe import Tokenizer
 from longreach.tokenizer.special import ASSISTANT, EOS, THINK_END, THINK_START, USER
@@ -74,8 +74,9 @@ class ChatOptions(RunOptions, SamplingOptions):
     """Let the model think before it answers."""
     effort: Effort | None = None
     """Think, and this thoroughly. Needs --effort-texts, because it is told by a text."""
-    effort_texts: EffortTexts = "none"
-    """Released weights that learned texts for the effort: preview (April 2026) or 0731 (and later)."""
+    effort_texts: EffortTexts | None = None
+    """Weights that learned texts for the effort: preview (April 2026) or 0731 (and later). Default: what a run trained here
+    recorded, none for other weights."""
 
     def mode(self) -> Mode:
         """How the model is to think.
@@ -86,12 +87,13 @@ class ChatOptions(RunOptions, SamplingOptions):
         thinks = self.thinking or self.effort is not None
         if thinks and self.plain:
             raise RequestError("--thinking and --effort need turns, and --plain has none; leave one out")
-        if self.effort is not None and self.effort_texts == "none":
+        texts: EffortTexts = self.effort_texts or recorded(self.model, "effort_texts") or "none"
+        if self.effort is not None and texts == "none":
             raise RequestError(
                 f"--effort {self.effort} is told to a model by a text, and --effort-texts none has none; give "
                 "--effort-texts preview or 0731 for released weights, or --thinking alone"
             )
-        return Mode(thinks, self.effort or "high", self.effort_texts)
+        return Mode(thinks, self.effort or "high", texts)
 
 
 @dataclass(frozen=True)

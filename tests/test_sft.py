@@ -355,11 +355,11 @@ def test_indexers_are_asked_only_where_there_is_something_to_choose():
     torch.testing.assert_close(dense[short.real], sparse[short.real])
     objective, record, _ = run_of(model, step=5).objective(long)
     objective.backward()
-    losses: set[float] = set()
+    longer, losses = lay_out(random_examples([60, 9], 97)), set()
     for at, attention in ((4, "dense"), (5, "sparse")):
-        hidden = model.features(long.tokens, documents=long.slots, attention=attention).hidden
-        nats, count = learned_loss(hidden, model.head.weight, long)
-        _, record, _ = run_of(model, step=at, sparse_at=0.5).objective(long)
+        hidden = model.features(longer.tokens, documents=longer.slots, attention=attention).hidden
+        nats, count = learned_loss(hidden, model.head.weight, longer)
+        _, record, _ = run_of(model, step=at, sparse_at=0.5).objective(longer)
         assert record["loss"] == pytest.approx(float(nats.detach()) / count, rel=1e-6), attention
         losses.add(record["loss"])
     assert len(losses) == 2

@@ -3,8 +3,9 @@
     write_merged("DeepSeek-V4-Flash", "merged", {"layers.0.attn.wq_a.weight": delta, …})
 
 Every other matrix is copied as it is stored, FP8 and FP4 codes byte for byte. A changed matrix that was quantised is written
-in BF16: a small change of a weight is far below the steps of E4M3 (one in 8 to 16) and rounding it back would undo most of
-it. `load_model` reads such a mixture; `longreach convert` makes any uniform format of it.
+in BF16, because a small change of a weight is far below the steps of its codes. Measured for a change of rank 8 and a
+hundredth of the weights' size: rounded back to FP8 the error is 0.86 of the change, to FP4 4.9, in BF16 0.16; for one of a
+tenth 0.26, 0.87 and 0.02. `load_model` reads such a mixture; `longreach convert` makes any uniform format of it.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ class EndpointAsker:
             import httpx
         except ModuleNotFoundError:
             raise RequestError(
-                "a judge behind a server needs httpx, which is not installed: pip install httpx"
+                "a judge behind a server needs httpx, which is not installed: pip install 'longreach[post]'"
             ) from None
         key = os.environ.get(KEY_VARIABLE) if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -482,7 +482,7 @@ def _open_client(url: str, key: str, timeout_s: float, at_once: int) -> httpx.Cl
     try:
         import httpx
     except ImportError:
-        raise RequestError("a rollout server needs httpx: pip install 'longreach[server]'") from None
+        raise RequestError("a rollout server needs httpx: pip install 'longreach[post]'") from None
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=at_once + 1, max_keepalive_connections=at_once + 1)
     timeout = httpx.Timeout(timeout_s, connect=10.0)

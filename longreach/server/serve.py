@@ -28,6 +28,7 @@ from longreach import __version__
 from longreach.chat.modes import EffortTexts
 from longreach.errors import ConfigError, RequestError
 from longreach.model.stores import Precision
+from longreach.rundir import recorded
 from longreach.runtime import choose_device, log, set_threads, setup_logging
 from longreach.server.app import AppOptions, make_app
 from longreach.server.call import Rules
@@ -64,10 +65,12 @@ class ServeOptions:
     """NAME=MODEL: another name for a model. Official names without one go to the first model (Flash) and the last (Pro)."""
     retired_names: bool = False
     """Answer deepseek-chat and deepseek-reasoner too, as they did until July 2026."""
-    effort_texts: EffortTexts = "0731"
-    """Whose words for the thinking effort the weights know: preview (April 2026), 0731 (since), or none."""
+    effort_texts: EffortTexts | None = None
+    """Whose words for the thinking effort the weights know: preview (April 2026), 0731 (since), or none. Default: those that a
+    run trained here recorded, 0731 for other weights."""
     chat_trained: bool = False
-    """The models have learned to chat; otherwise the page says that they only continue text."""
+    """The models have learned to chat, as those of sft, grpo and distill have; otherwise the page says that they only
+    continue text."""
     hosted_rules: bool = False
     """Refuse and override exactly as DeepSeek's own service does."""
     require_reasoning: bool = False
@@ -279,7 +282,11 @@ def _named(given: str) -> tuple[str, str]:
 
 
 def _local(name: str, target: str, device: str, options: ServeOptions) -> LocalModel:
-    setup = ChatSetup(options.effort_texts, "hosted" if options.hosted_rules else "encoder", options.chat_trained)
+    learned = recorded(target, "effort_texts")
+    setup = ChatSetup(
+        options.effort_texts or learned or "0731", "hosted" if options.hosted_rules else "encoder",
+        options.chat_trained or learned is not None,
+    )  # fmt: skip
     disk = options.disk_cache / name if options.disk_cache is not None else None
     return open_local(
         name, Path(target), setup, device=device, hosted=options.hosted_rules, arithmetic=options.arithmetic,

@@ -282,7 +282,7 @@ def _math_folders() -> tuple[str, ...]:
         if found is None or found.origin is None:
             raise RequestError(
                 f"problems judged by mathematical equality need math-verify, and {name} is not installed: "
-                f"pip install 'math-verify[antlr4_13_2]'"
+                f"pip install 'longreach[post]'"
             )
         folders.add(str(Path(found.origin).parents[1]))
     return tuple(sorted(folders))

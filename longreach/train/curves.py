@@ -63,6 +63,7 @@ PANELS = (
     Panel("mtp_loss", "MTP loss: the token after the next", "nats per token"),
     Panel("index_loss", "Indexer loss", "nats"),
     Panel("index_recall", "Indexer recall", "fraction"),
+    Panel("divergence", "Divergence from the teachers", "nats per token"),
     Panel("expert_balance", "Expert balance", "largest load over mean load"),
     Panel("lr", "Learning rate", "", smooth=False),
     Panel("grad_norm", "Gradient norm", "before clipping"),

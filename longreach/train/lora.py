@@ -73,7 +73,9 @@ class Adaptation:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise RequestError(f"--lora {self.rank}: the rank must be at least 1; leave --lora out to train all weights")
+            raise RequestError(
+                f"--lora {self.rank}: the rank must be at least 1; leave --lora out to train all weights"
+            )
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise RequestError(f"--lora-alpha {self.alpha:g} must be above 0")
         for target in self.targets:
@@ -192,7 +194,9 @@ class AdaptedMixture(FrozenMixture):
 
         def product(name: str, expert: int, x: Tensor) -> Tensor:
             stack, (a, b) = cast(Stack, getattr(experts, name)), factors[name]
-            return frozen_product(x, stack.experts[expert], stack.dtype) + beside(x, a[expert], b[expert], experts.scale)
+            return frozen_product(x, stack.experts[expert], stack.dtype) + beside(
+                x, a[expert], b[expert], experts.scale
+            )
 
         outputs = []
         for e, part in parts_by_expert(counts):
@@ -237,7 +241,11 @@ def adapt(model: Transformer, adaptation: Adaptation, seed: int = 0) -> Transfor
             if isinstance(module, FrozenMixture):
                 if target != "experts":
                     continue
-                put(model, name, AdaptedMixture(module, AdaptedExperts(cast(FrozenExperts, module.experts), rank, scale)))
+                put(
+                    model,
+                    name,
+                    AdaptedMixture(module, AdaptedExperts(cast(FrozenExperts, module.experts), rank, scale)),
+                )
             elif isinstance(module, Head):
                 put(model, name, AdaptedHead(module, rank, scale))
             elif isinstance(module, (Linear, FrozenLinear)):
@@ -345,7 +353,9 @@ def read_adapters(model: Transformer, folder: Path) -> None:
     try:
         held = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); it is written with every checkpoint of the run") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); it is written with every checkpoint of the run"
+        ) from None
     names = {peft_name(name, model.config): name for name in adapter_state(model)}
     load_adapters(model, {names.get(name, name): value for name, value in held.items()})
 

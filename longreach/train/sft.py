@@ -41,7 +41,7 @@ from longreach.train.plot import plot_losses
 from longreach.train.recipe import PEAK_LR_AT_128
 from longreach.train.schedule import learning_rate
 from longreach.train.stopping import StopRequest, stop_signals
-from longreach.train.tuning import ADAPTERS, COMMON, NewModel, Tuning, TuningOptions, saved_settings, settle
+from longreach.train.tuning import ADAPTERS, COMMON, NewModel, Several, Tuning, TuningOptions, saved_settings, settle
 
 MTP_WEIGHT = 0.1
 BALANCE = 1e-4
@@ -60,11 +60,11 @@ class SFTOptions(TuningOptions):
     Learns what assistants say in them, in all three modes and with tool calls, and leaves a run directory like any other.
     """
 
-    data: tuple[str, ...] | None = None
+    data: Several = ()
     """.jsonl files of conversations (OpenAI messages, ShareGPT, or prompt and completion). PATH@WEIGHT weighs several."""
-    task: tuple[str, ...] | None = None
+    task: Several = ()
     """Tasks whose worked solutions are learned, as in arithmetic:level=1-2; SPEC@WEIGHT weighs several."""
-    modes: tuple[str, ...] | None = None
+    modes: Several = ()
     """Modes of the tasks' solutions, as in non-think think-high@2 (default: all three alike)."""
     epochs: int | None = None
     """Passes through --data (default 1 where neither --steps nor --minutes is given)."""

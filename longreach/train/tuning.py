@@ -65,6 +65,10 @@ Several = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 default is (), which `settle` takes as not given."""
 
 
+EFFORT_TEXTS = "preview"
+"""Whose words for the thinking effort models learn here: only think-max has any. Recorded, so that servers say the same."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuningOptions:
     """Options of every command that trains on from a run. None means: not given; `settle` fills it in."""
@@ -261,7 +265,7 @@ class Tuning:
             if state is not None:
                 tuning.restore(state)
             run.drop_metrics_after(tuning.step)
-        config = {"command": command, **settings, **(record or {}), "source": str(source), "steps": options.steps,
+        config = {"command": command, "effort_texts": EFFORT_TEXTS, **settings, **(record or {}), "source": str(source), "steps": options.steps,
                   "minutes": options.minutes, "threads": threads.value}  # fmt: skip
         if saved:
             is_new_length = options.steps is not None or options.minutes is not None
@@ -461,7 +465,9 @@ def settle_lora(settings: Mapping[str, Any], is_new: bool) -> Adaptation | None:
     if is_new:
         raise RequestError("--lora trains beside weights that have learned something; with --preset there are none")
     if settings["qat"] != "plain":
-        raise RequestError(f"--qat {settings['qat']} trains the weights that are stored; with --lora they stay, leave it out")
+        raise RequestError(
+            f"--qat {settings['qat']} trains the weights that are stored; with --lora they stay, leave it out"
+        )
     return adaptation_of(settings)
 
 
