@@ -64,8 +64,8 @@ def codes_of(values: Tensor, kind: str) -> Codes:
 # ---- one matrix -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ("plain", "fp8", "fp4"))
-@pytest.mark.parametrize("rounds", (False, True))
+@pytest.mark.parametrize("kind", ["plain", "fp8", "fp4"])
+@pytest.mark.parametrize("rounds", [False, True])
 def test_a_frozen_matrix_gives_the_values_and_gradients_of_its_decoded_weight(kind, rounds):
     codes = codes_of(torch.randn(200, 160), kind)
     assert codes.shape == (200, 160)
@@ -83,7 +83,7 @@ def test_a_frozen_matrix_gives_the_values_and_gradients_of_its_decoded_weight(ki
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ("plain", "fp8", "fp4"))
+@pytest.mark.parametrize("kind", ["plain", "fp8", "fp4"])
 def test_a_frozen_matrix_serves_groups_as_its_decoded_weight_does(kind):
     codes = codes_of(torch.randn(96, 64), kind)
     plain = Linear(64, 96)
@@ -101,9 +101,12 @@ def test_a_frozen_matrix_serves_groups_as_its_decoded_weight_does(kind):
         torch.testing.assert_close(results[0][0][group], x[group] @ plain.weight[24 * group : 24 * group + 24].t())
 
 
-@pytest.mark.parametrize("kind", ("fp8", "fp4"))
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
 def test_a_gradient_keeps_no_decoded_matrix(kind):
-    layer, x = FrozenLinear(codes_of(torch.randn(512, 256), kind), torch.float32), torch.randn(4, 256, requires_grad=True)
+    layer, x = (
+        FrozenLinear(codes_of(torch.randn(512, 256), kind), torch.float32),
+        torch.randn(4, 256, requires_grad=True),
+    )
     assert kept_bytes(lambda: layer(x).sum()) == 0
     assert kept_bytes(lambda: layer.grouped(x.view(2, 2, 256)).sum()) == 0
 
@@ -125,7 +128,7 @@ def kept_bytes(call: Any) -> int:
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("layout", ("official", "transformers"))
+@pytest.mark.parametrize("layout", ["official", "transformers"])
 def test_a_model_of_frozen_codes_computes_what_the_decoded_model_computes(tmp_path, weight_format, layout):
     config = small(num_nextn_predict_layers=0, compress_ratios=(0, 4, 8))
     path = saved(tmp_path, config, weight_format, layout)
@@ -157,7 +160,9 @@ def test_v32_with_its_scales_in_float32_stays_frozen_too(tmp_path):
     config = small_v32()
     path = saved(tmp_path, config, "fp8")
     tokens = some_tokens(config)
-    torch.testing.assert_close(load_frozen(path)(tokens), load_model(path, dtype=torch.float32)(tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        load_frozen(path)(tokens), load_model(path, dtype=torch.float32)(tokens), rtol=0, atol=1e-5
+    )
 
 
 def test_a_frozen_model_decodes_and_reads_in_the_invariant_arithmetic(tmp_path):
@@ -213,7 +218,7 @@ def test_a_routing_table_that_names_no_expert_is_refused(tmp_path):
 # ---- the head of a frozen model -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", (40, 7))
+@pytest.mark.parametrize("rows", [40, 7])
 def test_a_narrower_head_gives_the_loss_and_gradient_of_its_widened_weight(monkeypatch, rows):
     monkeypatch.setattr("longreach.ops.cross_entropy.ROWS", rows)
     hidden, targets = torch.randn(30, 16), torch.randint(0, 100, (30,))

@@ -105,7 +105,7 @@ def main(options: LoraBenchOptions) -> int:
     rows = [
         ("learning", f"{found['learning']:,} of {found['parameters']:,} weights"),
         ("loss", " -> ".join(f"{loss:.3f}" for loss in losses)),
-        ("a step", f"{found['step_s']:.1f} s for {options.tokens} tokens, median after the first ({found['first_step_s']:.1f} s)"),
+        ("a step", f"{found['step_s']:.1f} s for {options.tokens} tokens; the first {found['first_step_s']:.1f} s"),
         ("loading", f"{found['load_s']:.1f} s"),
         ("memory", f"{found['peak_bytes'] / GIB:.2f} GiB at most, of which {found['anonymous_bytes'] / GIB:.2f} allocated, "
                    "the rest pages of the files"),

@@ -31,6 +31,7 @@ from longreach.checkpoint.merge import write_merged
 from longreach.checkpoint.save import save_model
 from longreach.errors import RequestError
 from longreach.model.config import ModelConfig
+from longreach.model.count import count_parameters
 from longreach.model.transformer import Transformer
 from longreach.optim.hybrid import HybridOptimizer, make_optimizers
 from longreach.rundir import RunDirectory, find_model
@@ -423,7 +424,8 @@ class MergedModel:
     """
 
     def __init__(self, source: Path, master: Transformer) -> None:
-        needed = count_parameters(master.config).total * master.dtype.itemsize
+        count = count_parameters(master.config)
+        needed = (count.total + count.mtp) * master.dtype.itemsize
         if needed > LARGEST_MERGED:
             raise RequestError(
                 f"attempts of a model with adapters are drawn from a merged copy in {str(master.dtype)[6:]}, which would take "
