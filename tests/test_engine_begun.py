@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from serving import make_tokenizer
 
 from longreach.engine.llm import LLM
 from longreach.engine.sampling import SamplingParams
 from longreach.errors import RequestError
 from longreach.model.config import ModelConfig
 from longreach.model.transformer import Transformer
-from serving import make_tokenizer
 
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=5, logprobs=0, ignore_eos=True)
 

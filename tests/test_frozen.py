@@ -111,6 +111,22 @@ def test_a_gradient_keeps_no_decoded_matrix(kind):
     assert kept_bytes(lambda: layer.grouped(x.view(2, 2, 256)).sum()) == 0
 
 
+@pytest.mark.parametrize("kind", ["plain", "fp8", "fp4"])
+@pytest.mark.parametrize("size", [1, 160 * 130, 160 * 300])
+def test_a_matrix_may_be_decoded_in_parts_of_any_size(monkeypatch, kind, size):
+    monkeypatch.setattr("longreach.model.frozen.PART", size)
+    codes = codes_of(torch.randn(400, 160), kind)
+    assert torch.equal(
+        torch.cat([part.decode(torch.float32) for _, part in codes.parts()]), codes.decode(torch.float32)
+    )
+    x, layer = torch.randn(3, 160, requires_grad=True), FrozenLinear(codes, torch.float32)
+    layer(x).square().sum().backward()
+    weight, reference = codes.decode(torch.float32), x.detach().clone().requires_grad_()
+    (reference @ weight.t()).square().sum().backward()
+    torch.testing.assert_close(layer(x), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-2)
+
+
 def kept_bytes(call: Any) -> int:
     """Of the tensors that autograd keeps for the way back."""
     kept: dict[int, int] = {}

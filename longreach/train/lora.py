@@ -170,8 +170,9 @@ class AdaptedExperts(FrozenExperts):
         """(A, B) of w1, w3 or w2, stacked."""
         return cast(Tensor, getattr(self, f"{name}_lora_A")), cast(Tensor, getattr(self, f"{name}_lora_B"))
 
-    def delta(self, name: str, expert: int) -> Tensor:
+    def delta(self, name: str, expert: int | None) -> Tensor:
         """The matrix that an expert's adapter adds, float32 `[out, in]`."""
+        assert expert is not None
         a, b = self.factors(name)
         return self.scale * (b[expert] @ a[expert])
 
@@ -182,8 +183,10 @@ class AdaptedMixture(FrozenMixture):
     def mix(self, x_MD: Tensor, chosen_MK: Tensor, weight_MK: Tensor, pass_: Pass) -> Tensor:
         experts = cast(AdaptedExperts, self.experts)
         if pass_.invariant:
-            stacks: Any = [_MergedStack(experts, name) for name in MATRICES]
-            return mixture_reference(x_MD, chosen_MK, weight_MK, *stacks, self.limit, self.fp8_block, pass_.real_rows)
+            w1, w3, w2 = (cast(Any, _MergedStack(experts, name)) for name in MATRICES)
+            return mixture_reference(
+                x_MD, chosen_MK, weight_MK, w1, w3, w2, self.limit, self.fp8_block, pass_.real_rows
+            )
         M, K = chosen_MK.shape
         wide = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
         order = chosen_MK.reshape(-1).argsort(stable=True)

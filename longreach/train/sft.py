@@ -144,7 +144,10 @@ def defaults(options: SFTOptions, saved: dict[str, Any]) -> dict[str, Any]:
     preset = saved.get("preset", options.preset)
     if not saved:
         config = ModelConfig.preset(preset) if preset else read_config(find_model(options.run or ""))
-        lr = default_lr(options.optimizer or "muon", config.hidden_size, is_new=preset is not None)
+        if options.lora is None:
+            lr = default_lr(options.optimizer or "muon", config.hidden_size, is_new=preset is not None)
+        else:  # nothing in a new adapter can be unlearned
+            lr = default_lr("adamw", config.hidden_size, is_new=True)
     else:
         lr = saved["lr"]
     passes = 1 if options.data and options.steps is None and options.minutes is None else None
@@ -157,7 +160,11 @@ def defaults(options: SFTOptions, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_lr(optimizer: str, width: int, is_new: bool) -> float:
-    """Peak rate: of a model from nothing as in pretraining, of another a part of that."""
+    """Peak rate: of a model from nothing as in pretraining, of another a part of that.
+
+    Of adapters of rank 8 at the preset micro that learn a mode it did not know, in 80 steps: validation loss 3.84 nats at 0.001,
+    2.38 at 0.003, 1.41 at 0.01, 1.52 at 0.03; AdamW's rate of pretraining is 0.0092 there.
+    """
     return round(PEAK_LR_AT_128[optimizer] * math.sqrt(128 / width) * (1 if is_new else SHARE_OF_PRETRAINING_LR), 6)
 
 
@@ -187,6 +194,8 @@ def check(options: SFTOptions, settings: dict[str, Any]) -> None:
     for name in ("decay", "sparse_at", "validate"):
         if not 0 <= settings[name] <= 1:
             raise RequestError(f"--{name.replace('_', '-')} {settings[name]:g} is a fraction; give 0 to 1")
+    if settings["lora"] is not None and options.bias_speed is not None:
+        raise RequestError("--bias-speed moves routers, and with --lora they stay as they are; leave it out")
     if not 0 <= settings["bias_speed"] < math.inf:
         raise RequestError(f"--bias-speed {settings['bias_speed']:g} must be 0 or more")
     if settings["epochs"] is None and not options.resume and options.steps is None and options.minutes is None:

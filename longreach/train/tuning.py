@@ -242,7 +242,7 @@ class Tuning:
         if settings["checkpoint_every"] < 1:
             raise RequestError(f"--checkpoint-every {settings['checkpoint_every']} must be at least 1")
         check_length(options)
-        adaptation = settle_lora(settings, is_new=new is not None)
+        adaptation = settle_lora(options, settings, is_new=new is not None)
         run, device = RunDirectory(options.out), choose_device(options.device)
         threads = set_threads(saved.get("threads") if options.threads is None else options.threads, watch_s=1.0)
         seed_everything(settings["seed"])
@@ -266,8 +266,8 @@ class Tuning:
             if state is not None:
                 tuning.restore(state)
             run.drop_metrics_after(tuning.step)
-        config = {"command": command, "effort_texts": EFFORT_TEXTS, **settings, **(record or {}), "source": str(source), "steps": options.steps,
-                  "minutes": options.minutes, "threads": threads.value}  # fmt: skip
+        config = {"command": command, "effort_texts": EFFORT_TEXTS, **settings, **(record or {}), "source": str(source),
+                  "steps": options.steps, "minutes": options.minutes, "threads": threads.value}  # fmt: skip
         if saved:
             is_new_length = options.steps is not None or options.minutes is not None
             changed = ("threads", "steps", "minutes") if is_new_length else ("threads",)
@@ -283,7 +283,7 @@ class Tuning:
             log.info("%-10s %s", label, choice)
         log.info("%-10s %s, %s weights learn at %g with %s", "model", source,
                  f"{sum(p.numel() for p in master.parameters() if p.requires_grad):,}", settings["lr"],
-                 settings["optimizer"] if adaptation is None else "adamw, as adapters do")  # fmt: skip
+                 settings["optimizer"])  # fmt: skip
         if adaptation is not None:
             log.info("%-10s rank %d, scale %g, at %s; all else stays as it is stored", "adapters", adaptation.rank,
                      adaptation.scale, ", ".join(adaptation.targets))  # fmt: skip
@@ -453,8 +453,8 @@ def adaptation_of(settings: Mapping[str, Any]) -> Adaptation | None:
     return Adaptation(settings["lora"], settings["lora_alpha"], tuple(settings["lora_targets"] or DEFAULT_TARGETS))
 
 
-def settle_lora(settings: Mapping[str, Any], is_new: bool) -> Adaptation | None:
-    """Check --lora against the options beside it.
+def settle_lora(options: TuningOptions, settings: dict[str, Any], is_new: bool) -> Adaptation | None:
+    """Check --lora against the options beside it; it decides the optimizer.
 
     Raises:
         RequestError: the line names the option.
@@ -464,6 +464,11 @@ def settle_lora(settings: Mapping[str, Any], is_new: bool) -> Adaptation | None:
             if settings[name] is not None:
                 raise RequestError(f"--{name.replace('_', '-')} is about adapters; give --lora RANK, or leave it out")
         return None
+    if options.optimizer == "muon":
+        raise RequestError(
+            "--optimizer muon: adapters are trained by AdamW, as Muon would even out their few directions"
+        )
+    settings["optimizer"] = "adamw"
     if is_new:
         raise RequestError("--lora trains beside weights that have learned something; with --preset there are none")
     if settings["qat"] != "plain":
