@@ -429,4 +429,5 @@ def fp4_weight_decode(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.
     # Both values of a byte by one look-up of eight bytes: a quarter of the time.
     pairs = e2m1_decode(_unpack_nibbles(torch.arange(256, dtype=torch.uint8))).view(torch.int64)
     values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32).view(*scale.shape, FP4_WEIGHT_BLOCK)
-    return values.mul_(e8m0_to_float(scale).unsqueeze(-1)).view(*packed.shape[:-1], width).to(dtype)
+    factors = e8m0_to_float(torch.arange(256, dtype=torch.uint8)).index_select(0, scale.reshape(-1).int())
+    return values.mul_(factors.view(*scale.shape, 1)).view(*packed.shape[:-1], width).to(dtype)

@@ -28,6 +28,11 @@ LEARNING_RATES = {"muon": 1e-3, "adamw": 3e-4}
 right went from 44 % to 55 % at 0.0005 and at 0.001, to 53 % at 0.002, and nowhere at 0.004."""
 
 
+ADAPTERS_RATE = 1e-3
+"""Of a policy that had 73 % of the products of two digits right, the mean over steps 21 to 25 was 75 % at 0.0002, 78 % at 0.001
+and 75 % at 0.004, and with all weights by Muon 79 %; one run each, so these are hardly apart."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GRPOOptions(TuningOptions):
     """Learn from rewards: attempts at problems, compared with other attempts at the same problem.
@@ -117,7 +122,7 @@ DEFAULTS: dict[str, Any] = COMMON | {
 def defaults(options: GRPOOptions, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting that decides what is learned, with what it is where nothing is given."""
     kind = saved.get("optimizer", options.optimizer) or "muon"
-    return DEFAULTS | {"lr": LEARNING_RATES[kind]}
+    return DEFAULTS | {"lr": ADAPTERS_RATE if options.lora is not None else LEARNING_RATES[kind]}
 
 
 @dataclass(frozen=True)
