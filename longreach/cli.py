@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
         "longreach.train.distill", "DistillOptions", "merge experts: a student learns on its own samples"
     ),
     "average": Command("longreach.train.average", "AverageOptions", "average the weights of several runs"),
+    "merge": Command("longreach.train.merge", "MergeOptions", "make an ordinary model of a run with --lora"),
     "samples": Command("longreach.train.samples", "SamplesOptions", "read what a model wrote while it was trained"),
     "tasks list": Command("longreach.tasks.tasks_command", "TasksOptions", "the tasks there are"),
     "tasks show": Command("longreach.tasks.tasks_command", "ShowOptions", "problems of a task, solved", "show"),
