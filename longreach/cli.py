@@ -103,7 +103,9 @@ COMMANDS: dict[str, Command] = {
         "longreach.journey.post_training", "PostTrainingOptions", "what rewards and teachers are worth at laptop size"
     ),
     "bench lora": Command(
-        "longreach.journey.lora_slice", "LoraBenchOptions", "adapters beside frozen FP8 and FP4 weights of Flash's width"
+        "longreach.journey.lora_slice",
+        "LoraBenchOptions",
+        "adapters beside frozen FP8 and FP4 weights of Flash's width",
     ),
     "bench cache": Command("longreach.bench.cache", "CacheBenchOptions", "what each storage precision costs and saves"),
 }

@@ -74,7 +74,7 @@ def test_a_group_without_its_second_word_lists_its_commands(longreach_command):
     [
         (["pretrani"], "longreach: unknown command 'pretrani'; did you mean pretrain?"),
         (["zzz"], f"longreach: unknown command 'zzz'; commands are {', '.join(COMMANDS)}"),
-        (["bench", "mode"], "longreach: unknown command 'bench mode'; did you mean bench model or bench serve?"),
+        (["bench", "mode"], "longreach: unknown command 'bench mode'; did you mean bench model or bench lora?"),
     ],
 )
 def test_an_unknown_command_names_the_nearest(longreach_command, arguments, expected):
