@@ -227,7 +227,7 @@ def test_math_without_its_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(verifiers, "_MATH_PACKAGES", ("no_such_package",))
     monkeypatch.setattr(verifiers, "_math_folders", verifiers._math_folders.__wrapped__)
     path = write(tmp_path / "m.jsonl", MATH[0])
-    with pytest.raises(RequestError, match=r"no_such_package is not installed: pip install 'math-verify"):
+    with pytest.raises(RequestError, match=r"no_such_package is not installed: pip install 'longreach\[post\]"):
         open_task(f"math:path={path}")
 
 
