@@ -380,8 +380,8 @@ def test_a_demonstration_is_a_function_of_its_number_and_modes_are_drawn_in_prop
     assert any(text.startswith("</think>") is False and "</think>" in text for text in texts)
     asked = {source.prompt(index).text for index in range(200)}
     held = {tokenizer.decode(example.tokens.tolist()) for example in source.held_out(60)}
-    number = lambda text: text.split("2*")[1].split("=")[0]  # noqa: E731
-    assert not set(map(number, asked)) & set(map(number, held)), "what is held out is never learned"
+    asked_numbers, held_numbers = ({text.split("2*")[1].split("=")[0] for text in texts} for texts in (asked, held))
+    assert not asked_numbers & held_numbers, "what is held out is never learned"
     assert set(source.modes) == set(MODES)
 
 

@@ -21,8 +21,7 @@ from longreach.chat.modes import Mode
 from longreach.tasks.agent_boxes import BOX_GOALS, Boxes
 from longreach.tasks.agent_cells import CELL_GOALS, Cells
 from longreach.tasks.agent_world import Chain, Goal, World
-from longreach.tasks.arithmetic import read_choices
-from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, wrong
+from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, read_choices, wrong
 
 WORLDS: dict[str, tuple[type[World], Sequence[Goal]]] = {"cells": (Cells, CELL_GOALS), "boxes": (Boxes, BOX_GOALS)}
 

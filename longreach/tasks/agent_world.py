@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from longreach.chat.messages import Message, Tool, ToolCall
 from longreach.chat.modes import Mode
 
 
-class World:
+class World(ABC):
     """The stateful world of one attempt. A subclass sets `parameters` and defines `act` and `agrees`.
 
     Attributes:
@@ -54,17 +55,17 @@ class World:
             return f"error: {call.name} takes {' and '.join(wanted) or 'nothing'}, no more"
         return self.act(call.name, arguments)
 
+    @abstractmethod
     def act(self, name: str, arguments: Mapping[str, Any]) -> str:
         """Carry out a call whose arguments have the right names and types."""
-        raise NotImplementedError
 
     def knows(self, name: str) -> bool:
         """Whether the calls so far have told how it stood with this name."""
         return name in self.asked
 
+    @abstractmethod
     def agrees(self, content: str, answer: Any) -> bool:
         """Whether the answer in words says `answer`, which is not None."""
-        raise NotImplementedError
 
     @classmethod
     def tools(cls) -> tuple[Tool, ...]:

@@ -33,9 +33,8 @@ from collections.abc import Mapping, Sequence
 
 from longreach.chat.messages import Conversation, Message
 from longreach.chat.modes import Mode
-from longreach.errors import RequestError
 from longreach.tasks.answers import bare_answer, read_number, shortened
-from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, wrong
+from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, read_choices, wrong
 
 FORMS = ("sum", "difference", "product", "chain")
 
@@ -98,22 +97,6 @@ class Arithmetic(GeneratedTask):
             if mode == "think-max":
                 reasoning += f"\ncheck:{_check(problem)};ok"
         return (Message("assistant", str(problem.answer), reasoning=reasoning),)
-
-
-def read_choices(kind: str, option: str, given: str | None, allowed: Sequence[str]) -> list[str]:
-    """`sum+chain` or nothing (all) as a list.
-
-    Raises:
-        RequestError: one that is not allowed, or the same twice.
-    """
-    chosen = list(allowed) if given is None else given.split("+")
-    if unknown := [choice for choice in chosen if choice not in allowed]:
-        raise RequestError(
-            f"task {kind} has no {option} {unknown[0]!r}; give one or several of {', '.join(allowed)}, joined by +"
-        )
-    if len(set(chosen)) < len(chosen):
-        raise RequestError(f"task {kind}: {option}={given} names one twice; name each once")
-    return chosen
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,7 +171,7 @@ def _listed(task: Task, split: Split, seed: int, index: int) -> Problem:
     return chosen[order[place]]
 
 
-class GeneratedTask:
+class GeneratedTask(ABC):
     """What tasks that draw their problems have in common: `--task NAME[:level=2][:level=1-3]`, and no world.
 
     A subclass sets `kind`, `domain`, `summary` and `all_levels`, defines `make`, `verify` and, where it can, `demonstrate`.
@@ -198,9 +199,9 @@ class GeneratedTask:
     def draw(self, rng: random.Random, level: int | None = None) -> Problem:
         return self.make(rng, level if level is not None else rng.choice(list(self.levels)))
 
+    @abstractmethod
     def make(self, rng: random.Random, level: int) -> Problem:
         """Any problem of this level."""
-        raise NotImplementedError
 
     def demonstrate(self, problem: Problem, mode: Mode, rng: random.Random) -> tuple[Message, ...]:
         raise RequestError(
@@ -227,3 +228,19 @@ def read_levels(kind: str, given: str | None, allowed: Sequence[int]) -> list[in
     raise RequestError(
         f"task {kind} has no level {given!r}; give one of {allowed[0]} to {allowed[-1]}, or a range like 1-2"
     )
+
+
+def read_choices(kind: str, option: str, given: str | None, allowed: Sequence[str]) -> list[str]:
+    """`sum+chain` or nothing (all) as a list.
+
+    Raises:
+        RequestError: one that is not allowed, or the same twice.
+    """
+    chosen = list(allowed) if given is None else given.split("+")
+    if unknown := [choice for choice in chosen if choice not in allowed]:
+        raise RequestError(
+            f"task {kind} has no {option} {unknown[0]!r}; give one or several of {', '.join(allowed)}, joined by +"
+        )
+    if len(set(chosen)) < len(chosen):
+        raise RequestError(f"task {kind}: {option}={given} names one twice; name each once")
+    return chosen

@@ -28,8 +28,7 @@ from typing import Any
 from longreach.chat.messages import Conversation, Message
 from longreach.chat.modes import Mode
 from longreach.tasks.answers import shortened
-from longreach.tasks.arithmetic import read_choices
-from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, wrong
+from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, read_choices, wrong
 
 FORMS = ("words", "lines", "json", "repeat", "sort")
 

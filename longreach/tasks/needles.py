@@ -27,8 +27,17 @@ from typing import Literal, NamedTuple, get_args
 from longreach.chat.messages import Conversation, Message
 from longreach.chat.modes import Mode
 from longreach.errors import RequestError
-from longreach.tasks.arithmetic import read_choices
-from longreach.tasks.base import MOST_DRAWS, RIGHT, GeneratedTask, Problem, Split, Verdict, final_message, wrong
+from longreach.tasks.base import (
+    MOST_DRAWS,
+    RIGHT,
+    GeneratedTask,
+    Problem,
+    Split,
+    Verdict,
+    final_message,
+    read_choices,
+    wrong,
+)
 
 Kind = Literal["single", "several", "multihop", "updates"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -32,8 +32,8 @@ from typing import Any
 from longreach.chat.messages import Conversation, Message
 from longreach.chat.modes import Mode
 from longreach.tasks.answers import MOST_CHARACTERS, bare_answer, read_number, shortened
-from longreach.tasks.arithmetic import operate, read_choices, worked_line
-from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, wrong
+from longreach.tasks.arithmetic import operate, worked_line
+from longreach.tasks.base import RIGHT, GeneratedTask, Problem, Verdict, final_message, read_choices, wrong
 
 TOPICS = ("quantities", "mixtures", "causes")
 EFFECTS = ("up", "down", "same")
